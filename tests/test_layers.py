@@ -20,7 +20,7 @@ UNDER_KERNELS = {*sys.stdlib_module_names, "torch", "triton", "quietstar_kernels
 FLOORS = (
     {"files", "objective", "config", "testing"},
     {"checks", "hf"},
-    {"group_rl"},
+    {"group_rl", "texts"},
     {"memory", "checkpoints", "thinking"},
     {"model"},
     {"explanation", "run", "data", "evaluation"},

@@ -27,18 +27,18 @@ from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unmark_gguf, unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar.objective import following, leaks
+from quietstar.texts import Texts, check_again, check_texts, check_thoughts, sampled
 from quietstar.thinking import base_model
-from quietstar.thinking.anchors import Candidates, Gate, choose, only_at
+from quietstar.thinking.anchors import Candidates, Gate, choose
 from quietstar.thinking.chunks import AnchorChunk, predict_in_chunks
-from quietstar.thinking.cohorts import sample
+from quietstar.thinking.cohorts import sample_text_thoughts
 from quietstar.thinking.forward import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
 from quietstar.thinking.generate import Thinking, generate
 from quietstar.thinking.matches import AHEAD, matches
-from quietstar.thinking.rollout import Thoughts, draw_seed
+from quietstar.thinking.rollout import Sampling, Thoughts, draw_seed, sample_vector_thoughts
 from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, seed_bits, tensor
+from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, tensor
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -227,9 +227,42 @@ class QuietStar(nn.Module):
         if self.base_model is not None and self.thought_config.base_model == "ema":
             base_model.follow(self.base_model, self.model, self.thought_config.base_model_decay)
 
+    def texts(
+        self,
+        input_ids: Tensor | Texts,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        thought_ids: Tensor | None = None,
+        anchors: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        seed: int | None = None,
+        old_logprob: Tensor | None = None,
+        thought_lengths: Tensor | None = None,
+        chooses: bool = True,
+    ) -> Texts:
+        """Check a batch once and lay it out: ``forward``, ``think`` and ``count_targets`` take the result in place of tensors.
+
+        Arguments and errors are those of ``forward``. The tensors may be on the CPU whatever the model is on: ``Texts.to``
+        moves a batch that was checked there.
+
+        Args:
+            chooses: whether anchors are chosen in training, where none are given; otherwise all positions think.
+        """
+        given = {"attention_mask": attention_mask, "labels": labels, "anchors": anchors, "document_ids": document_ids}
+        given |= {"sequence_ids": sequence_ids, "thought_ids": thought_ids, "thought_lengths": thought_lengths}
+        given |= {"old_logprob": old_logprob}
+        config, vocabulary = self.thought_config, self.lm_head.linear.out_features
+        if isinstance(input_ids, Texts):
+            return check_again(input_ids, given, config)
+        texts = check_texts({"input_ids": input_ids} | given, self.model, config, vocabulary, self.thinker.most_rows)
+        if chooses and self.training and config.anchors != "all" and anchors is None:
+            texts = texts.at(self._chosen(texts, draw_seed() if seed is None else seed))
+        return check_thoughts(texts, given, config, vocabulary)
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Texts,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         thought_ids: Tensor | None = None,
@@ -240,12 +273,11 @@ class QuietStar(nn.Module):
         counts: objective.Counts | None = None,
         old_logprob: Tensor | None = None,
         thought_lengths: Tensor | None = None,
-        layout: ThoughtLayout | None = None,
     ) -> QuietStarOutput:
         """Think, predict J tokens after every thought, and return the loss and its parts.
 
         Args:
-            input_ids: int64 [B,L], L at least J + 2.
+            input_ids: int64 [B,L], L at least J + 2; or what ``texts`` made of all tensors below.
             attention_mask: [B,L], 1 on text, 0 on padding, left or right.
             labels: int64 [B,L], -100 where a token is not to be predicted; default input_ids.
             thought_ids: int64 [B,P,N,T]; default sampled here.
@@ -257,58 +289,75 @@ class QuietStar(nn.Module):
             counts: what the losses are divided by where this batch is part of a larger one; see ``count_targets``.
             old_logprob: [B,P,N,T], ``logprob`` of the output that these ``thought_ids`` came from; default the current one.
             thought_lengths: integer [B,P,N], sampled tokens of each thought, 0 to T, before its end; default T for all.
-            layout: what ``thinker.layout`` returned for these texts, anchors and documents, which aren't checked again.
 
         Raises:
             ValueError: a wrong type or shape, an id outside the vocabulary, a text that holds the start or end id, one
                 shorter than the look-ahead, or one whose thoughts pass the last learned position. On a GPU nothing waits for
                 values: a wrong one is an assertion of the device.
         """
+        # 1. The texts, checked, and where they think.
         config, seed = self.thought_config, checks.check_seed(seed)
-        chooses = layout is None and anchors is None and self.training and config.anchors != "all"
-        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids)
-        checks.check_lookahead(layout, config)
-        embed, vocabulary = embeddings(self.model), self.lm_head.linear.out_features
-        sequence_ids, labels = checks.check_inputs(input_ids, sequence_ids, labels, embed, vocabulary)
-        if chooses:
-            seed = draw_seed() if seed is None else seed
-            anchors = choose(self._candidates(layout, input_ids, sequence_ids, seed))
-            layout = only_at(layout, anchors)
-        layout = checks.check_thoughts(thought_ids, thought_lengths, old_logprob, layout, config, vocabulary)
-        if thought_ids is None:
-            thoughts = self.sample(layout, input_ids, sequence_ids, seed, greedy=not self.training).cut(thought_lengths)
-            thought_ids, thought_lengths = thoughts.thought_ids, thoughts.thought_lengths
-            layout = checks.with_lengths(layout, thought_lengths, config)
+        if seed is None and anchors is None and self.training and config.anchors != "all":
+            seed = draw_seed()  # of the choice of anchors and of the thoughts at them
+        texts = self.texts(
+            input_ids,
+            attention_mask,
+            labels,
+            thought_ids,
+            anchors,
+            document_ids,
+            sequence_ids,
+            seed,
+            old_logprob,
+            thought_lengths,
+        )
+        embed = embeddings(self.model)
+        tensor("input_ids", texts.input_ids, "...", {}, embed.weight.device)
+        if texts.layout.L < config.lookahead + 2:
+            needed = f"J+2={config.lookahead + 2} tokens to look {config.lookahead} ahead"
+            raise ValueError(f"input_ids must hold at least {needed}, got L={texts.layout.L}")
 
-        targets = self._targets(labels, attention_mask, layout)
-        known = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, objective.IGNORED)
-        after = following(known, layout, AHEAD)
-        inputs = PackedInputs(layout, input_ids, thought_ids.clamp(min=0), thought_lengths, targets)
+        # 2. The thoughts, sampled unless they are given.
+        if texts.thought_ids is None:
+            thoughts = self.sample(texts, seed, greedy=not self.training).cut(texts.thought_lengths)
+            texts = texts.with_thoughts(thoughts.thought_ids, thoughts.thought_lengths, config.lookahead)
+        layout, thought_ids, thought_lengths = texts.layout, texts.thought_ids, texts.thought_lengths
+        assert thought_ids is not None
+
+        # 3. One packed pass, which predicts the text without and with each thought.
+        targets, after = self._targets(texts), objective.following(texts.labels, layout, AHEAD)
+        inputs = PackedInputs(layout, texts.input_ids, thought_ids.clamp(min=0), thought_lengths, targets)
         if config.reward == "match":
             reward = self._matched(inputs, after).to(torch.promote_types(embed.weight.dtype, torch.float32))
             if config.written and not config.mix_weight:  # known before the forward, which can do without dead groups
                 inputs = inputs.without(objective.dead_groups(reward, targets))
         predicted = self.predict(inputs)
+
+        # 4. What rewards and divergence compare with.
         nll_compared, base_logprob = predicted.nll_compared, None
         with self._compared_with() as model:
             if config.base_model != "current":
-                nll_text = base_model.text_nll(model, self.lm_head, input_ids, layout, targets)
+                nll_text = base_model.text_nll(model, self.lm_head, texts.input_ids, layout, targets)
                 nll_compared = objective.at_anchors(nll_text, layout, config.lookahead)
             if config.kl_weight:
                 base_logprob = base_model.thought_logprob(
-                    model, self.lm_head, input_ids, thought_ids.clamp(min=0), layout, config.banned, self.chunk_size(layout)
+                    model, self.lm_head, texts.input_ids, inputs.thought_ids, layout, config.banned, self.chunk_size(layout)
                 )
+
+        # 5. Rewards, and the advantage of each thought over the others at its anchor.
         if config.reward != "match":
             reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward, config.lookahead_discount)
         dead = objective.dead_groups(reward, targets)
         advantage = objective.advantages(reward, targets, config.advantage).masked_fill(dead[..., None], 0)
+
+        # 6. The loss: cross entropy, the policy's terms and a gate's.
         counts = objective.count(targets) if counts is None else instance("counts", counts, objective.Counts)
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
-        on = checks.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
+        on = sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
         clip = (config.ratio_clip, config.ratio_clip_high)
-        sampled = objective.Sampled(predicted.logprob, advantage, on, old_logprob, base_logprob, clip)
-        policy_loss = objective.policy_loss(sampled, counts, config.policy_terms, config.token_mean)
+        drawn = objective.Sampled(predicted.logprob, advantage, on, texts.old_logprob, base_logprob, clip)
+        policy_loss = objective.policy_loss(drawn, counts, config.policy_terms, config.token_mean)
         loss = loss_ce + config.policy_weight * policy_loss
         if self.gate is not None and self.training:
             loss = loss + objective.gate_loss(
@@ -327,9 +376,9 @@ class QuietStar(nn.Module):
             thought_lengths=thought_lengths,
             logprob=torch.where(on, predicted.logprob.detach(), 0),
             base_logprob=None if base_logprob is None else torch.where(on, base_logprob, 0),
-            anchors=anchors,
+            anchors=texts.anchors,
             dead=dead,
-            leaks=leaks(thought_ids, targets.sampled, after) & thinks,
+            leaks=objective.leaks(thought_ids, targets.sampled, after) & thinks,
         )
 
     def _matched(self, inputs: PackedInputs, after: Tensor) -> Tensor:
@@ -340,7 +389,7 @@ class QuietStar(nn.Module):
 
     def choose_anchors(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Texts,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         sequence_ids: Tensor | None = None,
@@ -352,32 +401,16 @@ class QuietStar(nn.Module):
         gate is sampled from, with random numbers fixed by seed, sequence id and position; in evaluation it opens above 0.5.
         Arguments and errors are those of ``forward``.
         """
-        layout = self.thinker.layout(input_ids, attention_mask, document_ids=document_ids)
-        seed = draw_seed() if seed is None else seed_bits("seed", seed)
-        sequence_ids = checks.check_sequence_ids(sequence_ids, input_ids)
-        return choose(self._candidates(layout, input_ids, sequence_ids, seed))
+        given: dict[str, Any] = {"document_ids": document_ids, "sequence_ids": sequence_ids}
+        texts, seed = self.texts(input_ids, attention_mask, chooses=False, **given), checks.check_seed(seed)
+        return self._chosen(texts, draw_seed() if seed is None else seed)
 
-    def _candidates(self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int) -> Candidates:
-        return Candidates(self.thinker, self.gate, layout, input_ids, sequence_ids, seed, self.training, self.tokenizer)
-
-    def _layout(
-        self,
-        layout: ThoughtLayout | None,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        anchors: Tensor | None,
-        document_ids: Tensor | None,
-        thought_lengths: Tensor | None = None,
-    ) -> ThoughtLayout:
-        """The layout of a call that may have been given one."""
-        if layout is None:
-            return self.thinker.layout(input_ids, attention_mask, anchors, document_ids, thought_lengths)
-        checks.check_layout(layout, input_ids, attention_mask, self.thought_config)
-        return checks.with_lengths(layout, thought_lengths, self.thought_config)
+    def _chosen(self, texts: Texts, seed: int) -> Tensor:
+        return choose(Candidates(self.thinker, self.gate, texts, seed, self.training, self.tokenizer))
 
     def think(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Texts,
         attention_mask: Tensor | None = None,
         anchors: Tensor | None = None,
         seed: int | None = None,
@@ -385,7 +418,6 @@ class QuietStar(nn.Module):
         document_ids: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
-        layout: ThoughtLayout | None = None,
     ) -> Thoughts:
         """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the config's temperature, and
         ``.thought_lengths`` [B,P,N] where they may be shorter than T.
@@ -395,21 +427,24 @@ class QuietStar(nn.Module):
 
         Other arguments and errors are those of ``forward``; and a ValueError if the model's logits are not finite.
         """
-        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
-        checks.check_device(input_ids, embeddings(self.model))
-        sequence_ids, seed = checks.check_sequence_ids(sequence_ids, input_ids), checks.check_seed(seed)
-        greedy = not self.training if greedy is None else flag("greedy", greedy)
-        return self.sample(layout, input_ids, sequence_ids, seed, greedy).cut(thought_lengths).checked(self.model, layout)
+        given: dict[str, Any] = {"anchors": anchors, "document_ids": document_ids, "thought_lengths": thought_lengths}
+        texts = self.texts(input_ids, attention_mask, sequence_ids=sequence_ids, chooses=False, **given)
+        seed = checks.check_seed(seed)
+        tensor("input_ids", texts.input_ids, "...", {}, embeddings(self.model).weight.device)
+        thoughts = self.sample(texts, seed, not self.training if greedy is None else flag("greedy", greedy))
+        return thoughts.cut(texts.thought_lengths).checked(self.model, texts.layout)
 
-    def sample(
-        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int | None, greedy: bool
-    ) -> Thoughts:
-        """The thoughts of ``think``, at the places of a layout from ``thinker.layout``; ``sequence_ids`` [B,L]."""
-        size = self.chunk_size(layout)
-        eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < layout.P else None
-        run = EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because)
+    def sample(self, texts: Texts, seed: int | None, greedy: bool, anchor_chunk: int | None = None) -> Thoughts:
+        """The thoughts of ``think``; ``anchor_chunk`` anchors of a text think at a time, by default as many as the model's."""
+        thinker, P, N = self.thinker, texts.layout.P, texts.layout.N
+        size = self.chunk_size(texts.layout) if anchor_chunk is None else anchor_chunk
         seed, temperature = draw_seed() if seed is None else seed, 0.0 if greedy else self.thought_config.temperature
-        return sample(self.thinker, input_ids, layout, sequence_ids, seed, temperature, size, run)
+        if thinker.marks is not None:
+            return sample_text_thoughts(thinker, texts, seed, temperature, live=None if size >= P else size * N)
+        eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < P else None
+        run = EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because)
+        how = Sampling.of(self.thought_config, temperature)
+        return sample_vector_thoughts(self.model, self.lm_head, thinker.start, texts, seed, how, size, run)
 
     def predict(self, inputs: PackedInputs) -> Predictions:
         """The differentiable pass of ``forward``, in chunks of anchors if ``anchor_chunk`` is set."""
@@ -466,26 +501,24 @@ class QuietStar(nn.Module):
 
     def count_targets(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Texts,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         anchors: Tensor | None = None,
         document_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
-        layout: ThoughtLayout | None = None,
     ) -> objective.Counts:
         """Count the terms of each mean of the loss on this batch, without running the model.
 
         Add up the counts of all parts of a batch and pass the sum to ``forward`` for each part: the parts' losses then add up
         to the loss of the whole batch. Arguments and errors are those of ``forward``.
         """
-        layout = self._layout(layout, input_ids, attention_mask, anchors, document_ids, thought_lengths)
-        labels = checks.check_labels(labels, input_ids, self.lm_head.linear.out_features)
-        return objective.count(self._targets(labels, attention_mask, layout))
+        given: dict[str, Any] = {"anchors": anchors, "document_ids": document_ids, "thought_lengths": thought_lengths}
+        return objective.count(self._targets(self.texts(input_ids, attention_mask, labels, chooses=False, **given)))
 
-    def _targets(self, labels: Tensor, attention_mask: Tensor | None, layout: ThoughtLayout) -> objective.Targets:
+    def _targets(self, texts: Texts) -> objective.Targets:
         config = self.thought_config
-        return objective.make_targets(labels, attention_mask, layout, config.lookahead, all_known=config.mixing == "none")
+        return objective.make_targets(texts.labels, None, texts.layout, config.lookahead, all_known=config.mixing == "none")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
         """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""

@@ -34,6 +34,7 @@ from quietstar.model import OF_TRL, QuietStar
 from quietstar.objective import Counts
 from quietstar.run import figures
 from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
+from quietstar.texts import Texts
 from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import flag, instance, items, refusal
 
@@ -144,9 +145,10 @@ class ThoughtTrainer(Trainer):
         parts = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
         parts = [self._numbered(i, part) for i, part in enumerate(figures.same_length(self.accelerator, parts, least))]
         self.model.train()
-        parts, counts = figures.decide(self.accelerator, self.model, parts, self._seed())
+        texts, counts = figures.decide(self.accelerator, self.model, parts, self._seed())
         self._interval.begin_step(counts)
-        return parts, counts
+        # The Trainer counts tokens by the columns.
+        return [part | {"texts": checked} for part, checked in zip(parts, texts, strict=True)], counts
 
     def _numbered(self, i: int, part: Batch) -> Batch:
         """This process's part ``i`` of a step, its texts numbered as in one batch of the whole step."""
@@ -163,10 +165,11 @@ class ThoughtTrainer(Trainer):
         Args:
             num_items_in_batch: the ``Counts`` of the step, which divide the losses; None for the part's own means.
         """
-        out = model(**inputs, counts=num_items_in_batch, seed=self._seed())
+        texts = inputs["texts"] if "texts" in inputs else self.model.texts(**inputs, seed=self._seed())
+        out = model(texts, counts=num_items_in_batch, seed=self._seed())
         loss = out.loss
         if num_items_in_batch is not None:
-            self._interval.add(out, inputs)
+            self._interval.add(out, texts)
             loss = loss * self.accelerator.num_processes  # DDP averages, but the loss is divided by counts of all processes
         return (loss, out) if return_outputs else loss
 
@@ -267,7 +270,7 @@ class Interval:
         self.counts = counts if self.counts is None else self.counts + counts
         self.steps += 1
 
-    def add(self, out: QuietStarOutput, part: Batch) -> None:
+    def add(self, out: QuietStarOutput, part: Texts) -> None:
         sums = figures.sums_of(out.loss, out, part)
         self.sums = figures.add_up([sums] if self.sums is None else [self.sums, sums])
 

@@ -11,8 +11,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,18 @@ from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optimizer
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import shard, whole
+from quietstar.texts import Texts
 from quietstar.thinking.forward import QuietStarOutput
-from quietstar_kernels.checks import file_path, flag, function, instance, refusal
+from quietstar_kernels.checks import file_path, flag, function, instance
 
-# (model, batch, counts of the whole step, seed of the step) to the loss of this part and the output it was computed from.
-Loss = Callable[[Any, Batch, Counts, int], tuple[Tensor, QuietStarOutput]]
+# (model, texts, counts of the whole step, seed of the step) to the loss of this part and the output it was computed from.
+Loss = Callable[[Any, Texts, Counts, int], tuple[Tensor, QuietStarOutput]]
 Evaluate = Callable[[QuietStar], dict[str, float]]
 
 
-def thought_loss(model: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, QuietStarOutput]:
-    """The Quiet-STaR objective on one part of a step's texts."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise refusal("thought_loss: batch", "a dict with input_ids", batch)
-    out = model(**batch, counts=counts, seed=seed)
+def thought_loss(model: Any, texts: Texts, counts: Counts, seed: int) -> tuple[Tensor, QuietStarOutput]:
+    """The Quiet-STaR objective on one part of a step's texts, as ``QuietStar.texts`` makes it."""
+    out = model(instance("thought_loss: texts", texts, Texts), counts=counts, seed=seed)
     return out.loss, out
 
 
@@ -241,11 +241,10 @@ def _step(
     """
     ranks = accelerator.num_processes
     qs = accelerator.unwrap_model(model)
-    parts = _parts_of_step(accelerator, data, config, step)
     seed, rate = mix_seed(config.seed, step), config.rate(step)
     torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
     model.train()
-    parts, counts = figures.decide(accelerator, qs, parts, seed)
+    parts, counts = figures.decide(accelerator, qs, _parts_of_step(accelerator, data, config, step), seed)
 
     total: dict[str, Tensor] = {}
     for update in range(config.updates):
@@ -259,7 +258,7 @@ def _step(
                 # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
                 accelerator.backward(value * ranks)
             if update == 0:  # later updates reuse these thoughts, so their figures would be of old ones
-                parts[i] = _thoughts_of(out) | part  # thoughts given with their old_logprob keep it
+                parts[i] = _with_thoughts_of(out, part)
                 sums.append(figures.sums_of(value, out, part))
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
         if update == 0:  # before the weights change: if another process is lost here, no step is half done
@@ -281,10 +280,11 @@ def _parts_of_step(accelerator: Accelerator, data: Sequence[Example], config: Tr
     return collate([data[i] for i in chosen], chosen, ranks * each, "train: data")[rank::ranks]
 
 
-def _thoughts_of(out: QuietStarOutput) -> Batch:
-    """The inputs of ``QuietStar.forward`` that make it use the same thoughts again."""
-    inputs = {"thought_ids": out.thought_ids, "thought_lengths": out.thought_lengths, "old_logprob": out.logprob}
-    return {name: x for name, x in inputs.items() if x is not None}
+def _with_thoughts_of(out: QuietStarOutput, part: Texts) -> Texts:
+    """The part that uses the same thoughts again. Thoughts that were given with their ``old_logprob`` keep it."""
+    if part.thought_ids is None:
+        part = replace(part, thought_ids=out.thought_ids, thought_lengths=out.thought_lengths)
+    return part if part.old_logprob is not None else replace(part, old_logprob=out.logprob)
 
 
 def _evaluate(

@@ -294,14 +294,14 @@ def test_the_base_model_follows_every_update_of_a_run(thinker, tmp_path):
 def test_a_second_update_of_a_run_sees_the_thoughts_of_the_first(thinker, tmp_path):
     seen = []
 
-    def loss(model, batch, counts, seed):
-        seen.append((batch, model(**batch, counts=counts, seed=seed)))
+    def loss(model, texts, counts, seed):
+        seen.append((texts, model(texts, counts=counts, seed=seed)))
         return seen[-1][1].loss, seen[-1][1]
 
     qs = thinker(ratio_clip=0.2, kl_weight=0.1)
     (line,) = short_run(qs, DATA, tmp_path, loss=loss, steps=1, updates=2)
-    (batch, first), (again, second) = seen
-    assert "thought_ids" not in batch and torch.equal(again["thought_ids"], first.thought_ids)
-    assert torch.equal(again["old_logprob"], first.logprob) and not torch.equal(second.logprob, first.logprob)
-    tokens = qs.count_targets(batch["input_ids"], batch["attention_mask"]).tokens
+    (texts, first), (again, second) = seen
+    assert texts.thought_ids is None and torch.equal(again.thought_ids, first.thought_ids)
+    assert torch.equal(again.old_logprob, first.logprob) and not torch.equal(second.logprob, first.logprob)
+    tokens = qs.count_targets(texts).tokens
     assert line["divergence"] == pytest.approx(((first.logprob - first.base_logprob).sum() / tokens).item())

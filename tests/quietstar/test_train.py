@@ -72,10 +72,10 @@ def test_thoughts_that_stop_count_the_same_however_the_batch_is_cut(run):
     """Their tokens are counted over the whole step before a part is divided by them."""
     counted = []
 
-    def loss(model, batch, counts, seed):
-        assert len(batch["thought_lengths"].unique()) > 1
+    def loss(model, texts, counts, seed):
+        assert len(texts.thought_lengths.unique()) > 1
         counted.append((int(counts.tokens), int(counts.places)))
-        return thought_loss(model, batch, counts, seed)
+        return thought_loss(model, texts, counts, seed)
 
     options = {"thoughts": replace(CONFIG, end_token_id=2, stop_threshold=1 / 61), "steps": 1, "loss": loss}
     whole, cut = run("whole", **options), run("cut", accumulation=3, **options)
@@ -201,8 +201,8 @@ def test_a_signal_in_an_evaluation_leaves_it_and_the_run_goes_on_as_if_it_had_no
 
 
 def test_a_custom_loss(run):
-    def doubled(model, batch, counts, seed):
-        out = model(**batch, counts=counts, seed=seed)
+    def doubled(model, texts, counts, seed):
+        out = model(texts, counts=counts, seed=seed)
         return 2 * out.loss_ce, out
 
     lines = run(loss=doubled, accumulation=2)

@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.checks import sampled
 from quietstar.data.filtering import ThoughtFilter, best
 from quietstar.files.reading import as_type, check_regular, json_value
 from quietstar.files.writing import beside
 from quietstar.model import QuietStar
 from quietstar.run.batches import Example, batches_of, check_data, check_example, text_of
+from quietstar.texts import sampled
 from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import INTEGERS, file_path, instance, integer, seed_bits, tensor
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from quietstar import checks, objective
+from quietstar import objective
 from quietstar.evaluation.intervals import mean_gains
 from quietstar.evaluation.scoring import one_thought
 from quietstar.hf.modules import dropout_off
@@ -268,12 +268,10 @@ def measure(
 def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, QuietStarOutput]:
     """For the token after each anchor [B,P]: loss without a thought and with one, the anchor, whether the token counts; and
     the whole output."""
-    input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
-    layout = one.thinker.layout(input_ids, attention_mask, batch.get("anchors"), batch.get("document_ids"))
+    texts = one.texts(**batch)
     # With a seed, since drawing one would advance torch's generator and change the dropout of the run that is evaluated.
-    out = one(**batch, seed=0, layout=layout)
-    labels = checks.check_labels(batch.get("labels"), input_ids, one.lm_head.linear.out_features)
-    counts = objective.make_targets(labels, attention_mask, layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
-    anchor = layout.anchor.long()
-    base = out.nll_base.gather(1, anchor.clamp(0, input_ids.shape[1] - 2))
+    out = one(texts, seed=0)
+    counts = objective.make_targets(texts.labels, None, texts.layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
+    anchor = texts.layout.anchor.long()
+    base = out.nll_base.gather(1, anchor.clamp(0, texts.layout.L - 2))
     return base, out.nll_mix[:, :, 0, 0], anchor, counts, out

@@ -13,6 +13,7 @@ from quietstar import checks
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.model import QuietStar
+from quietstar.texts import Texts, with_lengths
 from quietstar_kernels.checks import INTEGERS, instance, integer, items, refusal, tensor
 
 # At a time: thought rows of the packed forward, and logits.
@@ -115,8 +116,9 @@ def _score(
         embeds = embeddings(thinker.model)(input_ids)
         text = decode_rows(thinker.model, embeds, layout.text_position_ids(), PackedPass(layout))
     else:
-        thoughts = one.sample(layout, input_ids, torch.zeros_like(input_ids), 0, greedy=True)
-        layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
+        texts = Texts(input_ids, attention_mask, input_ids, torch.zeros_like(input_ids), layout)
+        thoughts = one.sample(texts, 0, greedy=True)
+        layout = with_lengths(layout, thoughts.thought_lengths, thinker.config.lookahead)
         text, ahead, _ = thinker.packed_states(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths)
         h_thought = ahead[:, :, 0, 0]
     rows = torch.arange(B, device=anchors.device)[:, None].expand(B, P)

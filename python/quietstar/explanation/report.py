@@ -24,7 +24,6 @@ from quietstar.files.writing import write_whole
 from quietstar.hf.modules import dropout_off, not_finite, unwrapped
 from quietstar.model import QuietStar
 from quietstar.objective import following, leaks
-from quietstar.thinking.cohorts import sample
 from quietstar.thinking.forward import PackedInputs, Thinker
 from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import file_path, flag, instance, unicode
@@ -108,11 +107,12 @@ def explain(
     other_ids = input_ids if another is None else _tokenize(thinker, tokenizer, "another", another, add_special_tokens)
     # Only the next token is looked at, and greedy thoughts are identical.
     N = 1 if seed is None else thinker.config.thoughts
-    thinker = replace(thinker, config=replace(thinker.config, thoughts=N, lookahead=1, reward="gain", advantage="relu"))
+    one = qs.with_config(replace(thinker.config, thoughts=N, lookahead=1, reward="gain", advantage="relu"))
+    thinker = one.thinker
 
     with dropout_off(thinker.model):
-        own = _think(thinker, input_ids, seed, sequence_id=0)
-        other = own if another is None else _think(thinker, other_ids, seed, sequence_id=1)
+        own = _think(one, input_ids, seed, sequence_id=0)
+        other = own if another is None else _think(one, other_ids, seed, sequence_id=1)
         P = input_ids.shape[1] - 1
         places = torch.arange(P, device=input_ids.device)
         taken = (places + (P // 2 if another is None else 0)) % (other_ids.shape[1] - 1)
@@ -150,13 +150,12 @@ def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str, special: b
     return torch.tensor([ids], dtype=torch.int64, device=thinker.device)
 
 
-def _think(thinker: Thinker, input_ids: Tensor, seed: int | None, sequence_id: int) -> Thoughts:
+def _think(one: QuietStar, input_ids: Tensor, seed: int | None, sequence_id: int) -> Thoughts:
     """The thoughts at all places of a text but its last."""
-    layout = thinker.layout(input_ids, anchors=torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None])
-    temperature = 0.0 if seed is None else thinker.config.temperature
-    chunk = max(1, ROWS // (thinker.config.thoughts * thinker.config.rows))
-    thoughts = sample(thinker, input_ids, layout, torch.full_like(input_ids, sequence_id), seed or 0, temperature, chunk)
-    return thoughts.checked(thinker.model, layout)
+    anchors = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None]
+    texts = one.texts(input_ids, anchors=anchors, sequence_ids=torch.full_like(input_ids, sequence_id))
+    chunk = max(1, ROWS // (one.thought_config.thoughts * one.thought_config.rows))
+    return one.sample(texts, seed or 0, seed is None, chunk).checked(one.model, texts.layout)
 
 
 def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor) -> Thoughts:
@@ -175,8 +174,7 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Tho
     """Numbers [P,...] for the tokens after ``anchors`` [P]: everything that a report says about each."""
     N = thinker.config.thoughts
     thinker = replace(thinker, config=replace(thinker.config, thoughts=2 * N))
-    layout = thinker.layout(input_ids, anchors=anchors[None])
-    layout = checks.with_lengths(layout, thoughts.thought_lengths, thinker.config)
+    layout = thinker.layout(input_ids, anchors=anchors[None], thought_lengths=thoughts.thought_lengths)
     targets = objective.make_targets(input_ids, None, layout, lookahead=1)
     inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)
     text, ahead, logprob = thinker.packed_states(*inputs[:4])

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quietstar_kernels import ThoughtLayout
+from quietstar.texts import COLUMNS
 from quietstar_kernels.checks import refusal, tensor
 
 MOST = 2**20  # texts of a step
 
 Example = dict[str, Tensor]
-Batch = dict[str, Any]  # tensors, and a layout
+Batch = dict[str, Any]  # columns of ``quietstar.texts.COLUMNS``, and sequence_ids
 
 
 def texts_of_step(texts: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -60,19 +59,6 @@ def make_sequence_ids(rows: Tensor, document_ids: Tensor | None) -> Tensor:
     return rows[:, None] * length + torch.where(first, position, 0).cummax(1).values
 
 
-# What an example may hold: the dimensions of a column, and what pads it.
-COLUMNS = {
-    "input_ids": ("L", 0),
-    "attention_mask": ("L", 0),
-    "labels": ("L", -100),
-    "anchors": ("P", -1),
-    "document_ids": ("L", -1),
-    "thought_ids": ("P,N,T", 0),
-    "thought_lengths": ("P,N", 0),
-    "old_logprob": ("P,N,T", 0),
-}
-
-
 def check_data(name: str, data: Sequence[Example]) -> None:
     """Raises ValueError for anything but examples by index; each is checked when it is read."""
     by_index = hasattr(data, "__len__") and hasattr(data, "__getitem__")
@@ -87,7 +73,7 @@ def check_example(name: str, example: Example) -> Example:
     for column, values in example.items():
         if column not in COLUMNS:
             raise ValueError(f"{name}: an example may have {', '.join(COLUMNS)}, got {column!r}")
-        tensor(f"{name}: {column}", values, COLUMNS[column][0], {})
+        tensor(f"{name}: {column}", values, COLUMNS[column].letters[2:], {})
     return example
 
 
@@ -120,7 +106,7 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int, argume
     for name in examples[0]:
         longest = max(len(x[name]) for x in examples)
         rows = [
-            torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), COLUMNS[name][1])])
+            torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), COLUMNS[name].padding)])
             for x in examples
         ]
         padded[name] = torch.stack(rows)
@@ -137,10 +123,8 @@ def batches_of(examples: Sequence[Example], size: int, device: torch.device) -> 
         yield chosen, {name: moved(x, device) for name, x in batch.items()}
 
 
-def moved(x: Tensor | ThoughtLayout, device: torch.device) -> Any:
+def moved(x: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for what is queued there."""
-    if isinstance(x, ThoughtLayout):
-        return replace(x, **{name: moved(getattr(x, name), device) for name in ("anchor", "lo", "length")})
     pinned = device.type == "cuda" and x.device.type == "cpu"
     return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
 

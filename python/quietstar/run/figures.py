@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import fields
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -14,12 +14,12 @@ from torch.nn.functional import pad
 
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
-from quietstar.run.batches import COLUMNS, Batch, moved, text_of
+from quietstar.run.batches import Batch, moved
+from quietstar.texts import COLUMNS, Texts
 from quietstar.thinking.forward import QuietStarOutput
-from quietstar_kernels import ThoughtLayout
 
 
-def sums_of(loss: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, Tensor]:
+def sums_of(loss: Tensor, out: QuietStarOutput, part: Texts) -> dict[str, Tensor]:
     """Sums over one part of a step, 0-d. The losses are already divided by the counts of the whole step.
 
     They stay on the device, since reading one would make the host wait.
@@ -31,7 +31,7 @@ def sums_of(loss: Tensor, out: QuietStarOutput, part: Batch) -> dict[str, Tensor
         "reward": out.reward.sum(),
         "advantage": out.advantage.sum(),
         "weight": out.weight.detach()[..., 0].where(out.nll_mix[..., 0] != 0, 0).sum(),
-        "tokens": part["attention_mask"].sum(),
+        "tokens": part.tokens(),
         "thoughts": torch.full_like(loss.detach(), out.reward.numel(), dtype=torch.float64),
         "leak_rate": out.leaks.sum(),
         "dead_groups": out.dead.sum() * out.reward.shape[2],
@@ -100,26 +100,32 @@ class Reading:
         return figures | {"grad_norm": grad_norm}
 
 
-def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: int) -> tuple[list[Batch], Counts]:
-    """This process's parts of a step on its device, with their layouts and the anchors and thought lengths that the config
-    asks for; and the counts of all processes. ``qs`` must be in training mode.
+def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: int) -> tuple[list[Texts], Counts]:
+    """This process's parts of a step, checked and on its device, with the anchors and thought lengths that the config asks for;
+    and the counts of all processes. ``qs`` must be in training mode.
 
     Parts on the CPU are checked and laid out there, so that nothing waits for a GPU.
     """
     with accelerator.autocast():
-        if qs.thought_config.anchors != "all":
-            chosen = [qs.choose_anchors(**text_of(part), seed=seed) for part in parts]  # FSDP moves the text to its device
-            pairs = zip(parts, chosen, strict=True)
-            parts = _same_width(accelerator, [part | {"anchors": x.to(part["input_ids"].device)} for part, x in pairs])
-        parts = [part | {"layout": _layout(qs, part)} for part in parts]
+        texts = [qs.texts(**part, seed=seed) for part in parts]  # FSDP moves the text to its device
+        if (
+            qs.thought_config.anchors != "all"
+        ):  # the same number in each part of each process, so that all compute as many chunks
+            most = _most(accelerator, max(part.layout.P for part in texts))
+            texts = [part.padded(most) for part in texts]
         stops = qs.thought_config.stop_threshold is not None or qs.thought_config.written
         if not stops:
-            counts = [_count(qs, part) for part in parts]
-        parts = [{name: moved(x, accelerator.device) for name, x in part.items()} for part in parts]
+            counts = [qs.count_targets(part) for part in texts]
+        texts = [part.map(partial(moved, device=accelerator.device)) for part in texts]
         if stops:  # only sampling shows how many tokens there are to count
-            parts = [part if "thought_ids" in part else part | _think(qs, part, seed) for part in parts]
-            counts = [_count(qs, part) for part in parts]
-    return parts, total_counts(accelerator, counts)
+            texts = [part if part.thought_ids is not None else _with_own_thoughts(qs, part, seed) for part in texts]
+            counts = [qs.count_targets(part) for part in texts]
+    return texts, total_counts(accelerator, counts)
+
+
+def _with_own_thoughts(qs: QuietStar, part: Texts, seed: int) -> Texts:
+    thoughts = qs.think(part, seed=seed)
+    return part.with_thoughts(thoughts.thought_ids, thoughts.thought_lengths, qs.thought_config.lookahead)
 
 
 def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> list[Batch]:
@@ -129,17 +135,11 @@ def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> lis
         least: tokens to pad to at any rate, since a model refuses fewer.
     """
     longest = max(least, _most(accelerator, max(part["input_ids"].shape[1] for part in parts)))
-    fills = {name: fill for name, (dimensions, fill) in COLUMNS.items() if dimensions == "L"}
+    fills = {name: column.padding for name, column in COLUMNS.items() if column.letters == "B,L"}
     return [
         part | {name: pad(part[name], (0, longest - part[name].shape[1]), value=fills[name]) for name in fills.keys() & part}
         for part in parts
     ]
-
-
-def _same_width(accelerator: Accelerator, parts: list[Batch]) -> list[Batch]:
-    """Pads the anchors to the same number in each part of each process, so that all compute the same number of chunks."""
-    most = _most(accelerator, max(part["anchors"].shape[1] for part in parts))
-    return [part | {"anchors": pad(part["anchors"], (0, most - part["anchors"].shape[1]), value=-1)} for part in parts]
 
 
 def _most(accelerator: Accelerator, size: int) -> int:
@@ -147,20 +147,3 @@ def _most(accelerator: Accelerator, size: int) -> int:
     if accelerator.num_processes == 1:
         return size
     return int(accelerator.gather(torch.tensor(size, device=accelerator.device)).max())
-
-
-def _layout(qs: QuietStar, part: Batch) -> ThoughtLayout:
-    return qs.thinker.layout(part["input_ids"], part["attention_mask"], part.get("anchors"), part.get("document_ids"))
-
-
-def _think(qs: QuietStar, part: Batch, seed: int) -> Batch:
-    thoughts = qs.think(
-        part["input_ids"], part["attention_mask"], seed=seed, sequence_ids=part["sequence_ids"], layout=part["layout"]
-    )
-    assert thoughts.thought_lengths is not None
-    return {"thought_ids": thoughts.thought_ids, "thought_lengths": thoughts.thought_lengths}
-
-
-def _count(qs: QuietStar, part: Batch) -> Counts:
-    names = ("input_ids", "attention_mask", "labels", "thought_lengths", "layout")
-    return qs.count_targets(**{name: part[name] for name in names if name in part})

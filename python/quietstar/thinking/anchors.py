@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.philox import draw_words
@@ -50,11 +51,9 @@ class Gate(nn.Module):
 class Candidates:
     """What an anchor choice may look at; hidden states and random numbers are computed on first use.
 
-    The text may be on the CPU whatever the model is on: then only a choice by entropy or a gate waits for a GPU.
-
     Attributes:
-        layout: of every position.
-        sequence_ids: int64 [B,L].
+        texts: with a thought at every position. They may be on the CPU whatever the model is on: then only a choice by entropy
+            or a gate waits for a GPU.
         training: a gate is sampled from in training, and opens above 0.5 in evaluation.
         tokenizer: needed for the ends of sentences alone.
         eligible: bool [B,L], text positions whose next token is text of the same document; where the thought alone predicts,
@@ -64,38 +63,38 @@ class Candidates:
 
     thinker: Thinker
     gate: Gate | None
-    layout: ThoughtLayout
-    input_ids: Tensor
-    sequence_ids: Tensor
+    texts: Texts
     seed: int
     training: bool
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @cached_property
     def eligible(self) -> Tensor:
-        on, lo, config = self.layout.live()[:, :, 0, 0], self.layout.lo, self.thinker.config
+        layout, config = self.texts.layout, self.thinker.config
+        on, lo = layout.live()[:, :, 0, 0], layout.lo
         J = config.lookahead if config.mixing == "none" else 1
-        t = torch.arange(max(self.layout.L - J, 0), device=lo.device)
-        return nn.functional.pad(on[:, :-J] & on[:, J:] & (lo[:, J:] <= t), (0, min(J, self.layout.L)))
+        t = torch.arange(max(layout.L - J, 0), device=lo.device)
+        return nn.functional.pad(on[:, :-J] & on[:, J:] & (lo[:, J:] <= t), (0, min(J, layout.L)))
 
     @property
     def position(self) -> Tensor:
-        return self.layout.text_position_ids()
+        return self.texts.layout.text_position_ids()
 
     @property
     def uniform(self) -> Tensor:
         """[B,L] in [0, 1), fixed by seed, sequence id and position."""
         zeros = torch.zeros_like(self.position)
-        counters = torch.stack([self.sequence_ids, self.position, zeros + CHOICE, zeros], -1).int()
+        counters = torch.stack([self.texts.sequence_ids, self.position, zeros + CHOICE, zeros], -1).int()
         words, _ = draw_words(counters.flatten(0, 1), zeros.new_zeros(1), self.seed)
         return words.view(zeros.shape).double() / 2**32
 
     @property
     def hidden(self) -> Tensor:
         """[B,L,D], last hidden states of the text, on the model's device."""
-        model, text = self.thinker.model, self.layout.text_only().to(self.thinker.device)
+        model, text = self.thinker.model, self.texts.layout.text_only().to(self.thinker.device)
+        embeds = embeddings(model)(self.texts.input_ids.to(text.device))
         with dropout_off(model):
-            return decode_rows(model, embeddings(model)(self.input_ids.to(text.device)), text.position_ids(), PackedPass(text))
+            return decode_rows(model, embeds, text.position_ids(), PackedPass(text))
 
     @property
     def entropy(self) -> Tensor:
@@ -103,7 +102,7 @@ class Candidates:
         head, hidden = self.thinker.lm_head, self.hidden
         rows = hidden.flatten(0, 1).to(head.linear.weight.dtype).split(max(1, LOGITS // head.linear.out_features))
         values = [torch.special.entr(head.logits(part).float().softmax(-1)).sum(-1) for part in rows]
-        return torch.cat(values).view(hidden.shape[:2]).to(self.input_ids.device)
+        return torch.cat(values).view(hidden.shape[:2]).to(self.texts.device)
 
 
 def _top(candidates: Candidates, score: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ def _every(candidates: Candidates) -> Tensor:
 def _sentences(candidates: Candidates) -> Tensor:
     """The ends of sentences, ``anchor_count`` of them at random."""
     closes, opens = _sentence_tokens(candidates.tokenizer, len(embeddings(candidates.thinker.model).weight))
-    ids = candidates.input_ids.cpu()
+    ids = candidates.texts.input_ids.cpu()
     ends = nn.functional.pad(closes[ids[:, :-1]] & opens[ids[:, 1:]], (0, 1)).to(candidates.eligible.device)
     ends = ends & candidates.eligible
     count = candidates.thinker.config.anchor_count
@@ -153,7 +152,7 @@ def _sentence_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int)
 def _gate(candidates: Candidates) -> Tensor:
     """Sampled in training, above 0.5 in evaluation."""
     assert candidates.gate is not None
-    opens = candidates.gate(candidates.hidden).to(candidates.input_ids.device)
+    opens = candidates.gate(candidates.hidden).to(candidates.texts.device)
     return candidates.eligible & ((candidates.uniform if candidates.training else 0.5) < opens)
 
 
@@ -171,13 +170,7 @@ CHOICES: dict[str, Callable[[Candidates], Tensor]] = {
 @torch.no_grad()
 def choose(candidates: Candidates) -> Tensor:
     """int64 [B,P], the anchors that the config's ``anchors`` chooses, ascending, -1 in unused places; P is at least 1."""
-    chosen, L = CHOICES[candidates.thinker.config.anchors](candidates), candidates.layout.L
+    chosen, L = CHOICES[candidates.thinker.config.anchors](candidates), candidates.texts.layout.L
     places = torch.where(chosen, torch.arange(L, device=chosen.device), L).sort(1).values
     places = places[:, : max(1, int(chosen.sum(1).max()))]
     return places.masked_fill(places == L, -1)
-
-
-def only_at(layout: ThoughtLayout, anchors: Tensor) -> ThoughtLayout:
-    """A layout of every position with thoughts at some of them alone, int64 [B,P] as ``choose`` returns."""
-    length = layout.length.gather(1, anchors.clamp(min=0)[:, :, None].expand(-1, -1, layout.N))
-    return replace(layout, anchor=anchors.int().contiguous(), length=length)

@@ -1,4 +1,4 @@
-"""Sampling of thoughts that end themselves: memory for the live ones alone, and a place that got free goes to the next anchor.
+"""Sampling of thoughts that end themselves: only live thoughts hold memory, and a freed slot goes to the next anchor.
 
 Thoughts that begin together form a cohort, which keeps their keys and values. A forward runs the next row of all cohorts; only
 attention is computed cohort by cohort, since their rows have different numbers.
@@ -6,7 +6,7 @@ attention is computed cohort by cohort, since their rows have different numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.hf.decoder import LeafPass, decode_rows
-from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
-from quietstar.thinking.rollout import Sampling, Thoughts, on_device, sample_thoughts
+from quietstar.thinking.rollout import Thoughts, on_device
 from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout, thought_decode
 
@@ -109,75 +109,40 @@ class CohortsPass:
         return torch.cat(out, 2)
 
 
-def sample(
-    thinker: Thinker,
-    input_ids: Tensor,
-    layout: ThoughtLayout,
-    sequence_ids: Tensor,
-    seed: int,
-    temperature: float,
-    anchor_chunk: int,
-    run: Runner = EAGER,
-) -> Thoughts:
-    """The thoughts of ``sample_thoughts`` or ``sample_written``, as the config has them; their arguments.
-
-    Args:
-        anchor_chunk: anchors of a text that think at a time; where thoughts are text, as many thoughts are live.
-    """
-    model, head, texts = thinker.model, thinker.lm_head, (input_ids, layout, sequence_ids, seed)
-    if thinker.marks is not None:
-        live = None if anchor_chunk >= layout.P else anchor_chunk * layout.N
-        return sample_written(model, head, thinker.marks, *texts, thinker.config.thought_tokens, temperature, live)
-    return sample_thoughts(model, head, thinker.start, *texts, Sampling.of(thinker.config, temperature), anchor_chunk, run)
-
-
 @torch.no_grad()
-def sample_written(
-    model: PreTrainedModel,
-    head: LMHead,
-    marks: Marks,
-    input_ids: Tensor,
-    layout: ThoughtLayout,
-    sequence_ids: Tensor,
-    seed: int,
-    thought_tokens: int,
-    temperature: float,
-    live: int | None = None,
-) -> Thoughts:
-    """Sample the tokens of every thought of ``layout`` up to its end; at temperature 0 one for all N of an anchor.
+def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature: float, live: int | None = None) -> Thoughts:
+    """Sample the tokens of every thought of some texts up to its end; at temperature 0 one for all N of an anchor.
 
     A thought's tokens depend on its text, its anchor, n and the seed: not on what else is sampled with it.
 
     Args:
-        input_ids: int64 [B,L].
-        sequence_ids: integer [B,L], the first sampling counter of each position.
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
-        thought_tokens: T, the most that one has.
         live: the most thoughts of a text at a time; default all.
     """
-    (B, P, N), T, device = layout.length.shape, thought_tokens, input_ids.device
+    assert thinker.marks is not None
+    model, marks, layout = thinker.model, thinker.marks, texts.layout
+    (B, P, N), T, device = layout.length.shape, thinker.config.thought_tokens, texts.device
     if temperature == 0:
         one = ThoughtLayout(layout.anchor, layout.lo, layout.length.amax(2, keepdim=True), layout.rows)
         if N > 1:
-            return sample_written(
-                model, head, marks, input_ids, one, sequence_ids, seed, T, temperature, live and -(-live // N)
-            ).copies(N)
+            fewer = live and -(-live // N)
+            return sample_text_thoughts(thinker, replace(texts, layout=one), seed, temperature, fewer).copies(N)
     wanted = (layout.anchor >= 0)[..., None] & (layout.length > 0)
     queue = wanted.flatten(1)
     # The places that think, of each text, one after another.
     order = (~queue).int().argsort(dim=1, stable=True)
     counts = queue.sum(1)
     width = min(live or P * N, int(counts.max()) if B else 0)
-    # One more place, for what isn't wanted: so a step writes all that it draws, without asking the device what to keep.
+    # One spare slot takes discarded draws, so a step writes unconditionally and never waits for the device.
     ids = torch.zeros((B, P * N + 1, T), dtype=torch.int64, device=device)
     logprob = torch.zeros((B, P * N + 1, T), device=device)
     lengths = torch.zeros((B, P * N + 1), dtype=torch.int64, device=device)
     with dropout_off(model):
         leaf = LeafPass(layout)
-        decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), leaf)
+        decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), leaf)
         position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
-        counted = N, T, sequence_ids, position, positions, on_device(seed, device)
-        rollout = _Rollout(model, head, marks, *counted, temperature, leaf.keys_values)
+        counted = N, T, texts.sequence_ids, position, positions, on_device(seed, device)
+        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, leaf.keys_values)
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
         while True:

@@ -15,8 +15,8 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
-from quietstar.hf.positions import check_positions
 from quietstar.objective import IGNORED, Targets, at_anchors
+from quietstar.texts import lay_out, sampled, with_lengths
 from quietstar.thinking.text_thoughts import Marks, WrittenRows
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.reference import wide
@@ -126,6 +126,11 @@ class Thinker:
     def _vector(self, parameter: Tensor) -> Tensor:
         return (self.config.embedding_scale * parameter).to(embeddings(self.model).weight.dtype)
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of the longest thought: vectors take a row each, strings as many as they have tokens."""
+        return self.config.rows + (0 if self.marks is None else len(self.marks.start) + len(self.marks.end) - 2)
+
     def layout(
         self,
         input_ids: Tensor,
@@ -139,13 +144,9 @@ class Thinker:
         Their values are checked here: on the CPU, which they may be on whatever the model is on, by reading them; on a GPU by
         an assertion that nothing waits for. The layout is on their device.
         """
-        checks.check_text(input_ids, attention_mask, self.config, embeddings(self.model))
-        layout = checks.make_layout(input_ids, attention_mask, anchors, document_ids, self.config)
-        # Vectors take a row each, strings as many as they have tokens.
-        more = 0 if self.marks is None else len(self.marks.start) + len(self.marks.end) - 2
-        longest = replace(layout, rows=layout.rows + more, length=torch.where(layout.length > 0, layout.length + more, 0))
-        check_positions(self.model, longest)
-        return checks.with_lengths(layout, thought_lengths, self.config)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "anchors": anchors, "document_ids": document_ids}
+        layout = lay_out(given, self.model, self.config, self.most_rows)
+        return with_lengths(layout, thought_lengths, self.config.lookahead)
 
     def thought_rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> Tensor:
         """Embeddings [B,R,D] of start, sampled tokens, end and the text that follows, whatever the lengths."""
@@ -197,7 +198,7 @@ class Thinker:
         """Log-probabilities [B,P,N,T] of the sampled tokens at the policy temperature; 0 past the end of a thought."""
         T = self.config.thought_tokens
         if thought_lengths is not None:
-            thought_ids = torch.where(checks.sampled(thought_lengths, T), thought_ids, IGNORED)
+            thought_ids = torch.where(sampled(thought_lengths, T), thought_ids, IGNORED)
         return self.lm_head.logprob(thought[:, :, :, :T], thought_ids, self.config.policy_temperature, self.config.banned)
 
     def mix(self, h_base: Tensor, h_thought: Tensor) -> Mixture:

@@ -14,12 +14,13 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Pre
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
-from quietstar import checks
+from quietstar.checks import check_seed, check_think
 from quietstar.hf.architectures import most_rows
 from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar.hf.positions import check_room, learned_positions, position_limits
+from quietstar.texts import check_sequence_ids, check_text, make_layout, sampled
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
@@ -43,10 +44,10 @@ class Thinking:
     on_thoughts: Callable[[Tensor], None] | None
 
     def __post_init__(self) -> None:
-        self.think = checks.check_think("generate: think", self.think)
+        self.think = check_think("generate: think", self.think)
         self.thoughts = integer("generate: thoughts", self.thoughts, 1, 65535)
         flag("generate: sample_thoughts", self.sample_thoughts)
-        self.seed = checks.check_seed(self.seed)
+        self.seed = check_seed(self.seed)
         if self.sequence_ids is not None:
             tensor("generate: sequence_ids", self.sequence_ids, "...", {}, dtypes=INTEGERS)
         if self.on_thoughts is not None:
@@ -58,8 +59,8 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
     """See ``QuietStar.generate``; ``options`` are transformers' own."""
     model: Any = thinker.model
     attention_mask, config = options["attention_mask"], options.get("generation_config")
-    checks.check_text(input_ids, attention_mask, thinker.config, embeddings(model))
-    checks.check_device(input_ids, embeddings(model))
+    check_text({"input_ids": input_ids, "attention_mask": attention_mask}, model, thinker.config)
+    tensor("input_ids", input_ids, "B,L", {}, embeddings(model).weight.device)
     if options.get("max_new_tokens") is not None:
         options["max_new_tokens"] = integer("generate: max_new_tokens", options["max_new_tokens"], 1)
     with dropout_off(model):
@@ -200,11 +201,11 @@ class ThinkingModel(GenerationMixin):
 
     def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> TextCache:
         """For these prompts, which are still to be read."""
-        layout = checks.make_layout(input_ids, attention_mask, None, None, self.thinker.config).text_only()
+        layout = make_layout({"input_ids": input_ids, "attention_mask": attention_mask}, self.thinker.config).text_only()
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(f"generate: attention_mask must pad on the left, row {row} ends in padding")
-        self.sequence_ids = checks.check_sequence_ids(self.thinking.sequence_ids, input_ids)[:, -1:]
+        self.sequence_ids = check_sequence_ids(self.thinking.sequence_ids, input_ids)[:, -1:]
         self.longest = int(layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
         ahead = min(self.new_tokens - 1, AHEAD)
@@ -258,7 +259,7 @@ class ThinkingModel(GenerationMixin):
         ids, lengths, ends = cache.run(("think", sampling), think, inputs)
         ends = ends.masked_fill((ids < 0).any(-1)[..., None], torch.nan)  # that thought isn't the model's
         if self.thinking.on_thoughts is not None:
-            on = checks.sampled(lengths, T) & thinks[:, None, None]
+            on = sampled(lengths, T) & thinks[:, None, None]
             self.thinking.on_thoughts(ids.masked_fill(~on, -1))
         return ends
 

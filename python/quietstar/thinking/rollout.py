@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
+from quietstar.texts import Texts, sampled
 from quietstar_kernels import ThoughtLayout
 
 
@@ -104,31 +104,27 @@ class Sampling:
 
 
 @torch.no_grad()
-def sample_thoughts(
+def sample_vector_thoughts(
     model: PreTrainedModel,
     head: LMHead,
     start: Tensor,
-    input_ids: Tensor,
-    layout: ThoughtLayout,
-    sequence_ids: Tensor,
+    texts: Texts,
     seed: int,
     sampling: Sampling,
     anchor_chunk: int | None = None,
     run: Runner = EAGER,
 ) -> Thoughts:
-    """Sample T tokens for every thought of ``layout``, whose S is at least T; the text runs once.
+    """Sample T tokens for every thought of some texts, whose S is at least T; the text runs once.
 
     Args:
         start: [D], the start vector as the decoder sees it.
-        input_ids: int64 [B,L].
-        layout: S - T rows of each thought are not sampled; shorter thoughts have fewer sampled rows.
-        sequence_ids: integer [B,L], the first sampling counter of each position.
+        texts: S - T rows of each thought are not sampled; shorter thoughts have fewer sampled rows.
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
         sampling: at temperature 0 one thought is made for all N of an anchor.
         anchor_chunk: anchors that advance together; default all.
         run: runs the rollout, perhaps as a CUDA graph.
     """
-    N, T = layout.N, sampling.thought_tokens
+    layout, N, T = texts.layout, texts.layout.N, sampling.thought_tokens
     if sampling.temperature == 0:
         layout = replace(layout, length=layout.length.amax(2, keepdim=True))
 
@@ -157,11 +153,11 @@ def sample_thoughts(
 
     inputs = {
         "start": start,
-        "input_ids": input_ids,
+        "input_ids": texts.input_ids,
         "anchor": layout.anchor,
         "lo": layout.lo,
         "length": (layout.length - (layout.rows - T)).clamp(min=0),
-        "sequence_ids": sequence_ids.gather(1, layout.anchor.long().clamp(min=0)),
+        "sequence_ids": texts.sequence_ids.gather(1, layout.anchor.long().clamp(min=0)),
         "seed": on_device(seed, start.device),
     }
     with dropout_off(model):
@@ -180,7 +176,7 @@ def continue_thoughts(
     end: Tensor | None = None,
     whole: bool = False,
 ) -> tuple[Thoughts, Tensor | None]:
-    """The T steps of ``sample_thoughts`` over a text that ``store`` holds; ``sequence_ids`` [B,P] are those of the anchors.
+    """The T steps of ``sample_vector_thoughts`` over a text in ``store``; ``sequence_ids`` [B,P] are those of the anchors.
 
     No step decides anything on the host, with one exception: where thoughts may stop early, the loop ends with the last one.
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.checks import sampled
 from quietstar.config import ThoughtConfig
 from quietstar.hf.ends import end_ids
+from quietstar.texts import sampled
 from quietstar_kernels import ThoughtLayout
 
 

@@ -141,10 +141,10 @@ def test_log_probabilities_of_the_sampler_stay_over_further_updates(tiny, tmp_pa
     moved = write(tmp_path / "b.jsonl", *lines)
     seen = []
 
-    def loss(model, batch, counts, seed):
-        seen.append(batch["old_logprob"])
-        value, out = thought_loss(model, batch, counts, seed)
-        ratios.append(float((out.logprob - batch["old_logprob"])[out.logprob != 0].mean()))
+    def loss(model, texts, counts, seed):
+        seen.append(texts.old_logprob)
+        value, out = thought_loss(model, texts, counts, seed)
+        ratios.append(float((out.logprob - texts.old_logprob)[out.logprob != 0].mean()))
         return value, out
 
     for path, first in ((file, 0.0), (moved, 1.0)):
