@@ -89,6 +89,12 @@ def refuse_where(wrong: Tensor, message: str, detail: Callable[[], str] = str) -
         torch._assert_async(~wrong.any(), message)
 
 
+def refuse_outside(name: str, values: Tensor, most: int, letter: str) -> None:
+    """Raises as ``refuse_where`` for integers that are not from 0 to ``most``, which the message calls ``letter``."""
+    outside = (values < 0) | (values > most)
+    refuse_where(outside, f"{name} must be from 0 to {letter}={most}", lambda: f", got {int(values[outside][0])}")
+
+
 def _loses_grad(value: Tensor) -> bool:
     """Whether autograd, forwards or backwards, follows a number that would be read as a constant."""
     if value.ndim:

@@ -1,22 +1,11 @@
-"""Checks of the wrapper's arguments, made once where they come in: texts, labels, ids, positions. What is below trusts them."""
+"""Checks of the wrapper's arguments, made once where they come in; those of a batch are in ``texts``."""
 
 from __future__ import annotations
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from quietstar.config import ThoughtConfig
-from quietstar_kernels.checks import instance, number, refuse_where, seed_bits
-
-
-def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
-    check_range(name, ids, vocabulary - 1, "V-1")
-
-
-def check_range(name: str, values: Tensor, most: int, letter: str) -> None:
-    """From 0 to ``most``, which a message calls ``letter``."""
-    outside = (values < 0) | (values > most)
-    refuse_where(outside, f"{name} must be from 0 to {letter}={most}", lambda: f", got {int(values[outside][0])}")
+from quietstar_kernels.checks import instance, number, seed_bits
 
 
 def check_config(config: ThoughtConfig, vocabulary: int) -> ThoughtConfig:

@@ -27,7 +27,7 @@ from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unmark_gguf, unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar.texts import Texts, check_again, check_texts, check_thoughts, sampled
+from quietstar.texts import Texts, check_texts
 from quietstar.thinking import base_model
 from quietstar.thinking.anchors import Candidates, Gate, choose
 from quietstar.thinking.chunks import AnchorChunk, predict_in_chunks
@@ -252,13 +252,15 @@ class QuietStar(nn.Module):
         given = {"attention_mask": attention_mask, "labels": labels, "anchors": anchors, "document_ids": document_ids}
         given |= {"sequence_ids": sequence_ids, "thought_ids": thought_ids, "thought_lengths": thought_lengths}
         given |= {"old_logprob": old_logprob}
-        config, vocabulary = self.thought_config, self.lm_head.linear.out_features
+        config = self.thought_config
         if isinstance(input_ids, Texts):
-            return check_again(input_ids, given, config)
-        texts = check_texts({"input_ids": input_ids} | given, self.model, config, vocabulary, self.thinker.most_rows)
-        if chooses and self.training and config.anchors != "all" and anchors is None:
-            texts = texts.at(self._chosen(texts, draw_seed() if seed is None else seed))
-        return check_thoughts(texts, given, config, vocabulary)
+            return input_ids.again(config, given)
+        vocabulary = self.lm_head.linear.out_features
+        chooses = chooses and self.training and config.anchors != "all" and anchors is None
+        texts = check_texts({"input_ids": input_ids} | given, self.model, config, self.thinker.most_rows, vocabulary, chooses)
+        if chooses:
+            texts = texts.at(choose(self._candidates(texts, draw_seed() if seed is None else seed)))
+        return texts.with_thoughts(config, thought_ids, thought_lengths, old_logprob)
 
     def forward(
         self,
@@ -320,7 +322,7 @@ class QuietStar(nn.Module):
         # 2. The thoughts, sampled unless they are given.
         if texts.thought_ids is None:
             thoughts = self.sample(texts, seed, greedy=not self.training).cut(texts.thought_lengths)
-            texts = texts.with_thoughts(thoughts.thought_ids, thoughts.thought_lengths, config.lookahead)
+            texts = texts.with_thoughts(config, thoughts.thought_ids, thoughts.thought_lengths, texts.old_logprob)
         layout, thought_ids, thought_lengths = texts.layout, texts.thought_ids, texts.thought_lengths
         assert thought_ids is not None
 
@@ -354,7 +356,7 @@ class QuietStar(nn.Module):
         counts = objective.count(targets) if counts is None else instance("counts", counts, objective.Counts)
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
-        on = sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
+        on = objective.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
         clip = (config.ratio_clip, config.ratio_clip_high)
         drawn = objective.Sampled(predicted.logprob, advantage, on, texts.old_logprob, base_logprob, clip)
         policy_loss = objective.policy_loss(drawn, counts, config.policy_terms, config.token_mean)
@@ -403,10 +405,10 @@ class QuietStar(nn.Module):
         """
         given: dict[str, Any] = {"document_ids": document_ids, "sequence_ids": sequence_ids}
         texts, seed = self.texts(input_ids, attention_mask, chooses=False, **given), checks.check_seed(seed)
-        return self._chosen(texts, draw_seed() if seed is None else seed)
+        return choose(self._candidates(texts, draw_seed() if seed is None else seed))
 
-    def _chosen(self, texts: Texts, seed: int) -> Tensor:
-        return choose(Candidates(self.thinker, self.gate, texts, seed, self.training, self.tokenizer))
+    def _candidates(self, texts: Texts, seed: int) -> Candidates:
+        return Candidates(self.thinker, self.gate, texts, seed, self.training, self.tokenizer)
 
     def think(
         self,

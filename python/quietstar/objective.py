@@ -15,6 +15,11 @@ from quietstar_kernels.checks import IGNORED
 LEAK = 4
 
 
+def sampled(thought_lengths: Tensor, thought_tokens: int) -> Tensor:
+    """bool [B,P,N,T], True up to each thought's end."""
+    return torch.arange(thought_tokens, device=thought_lengths.device) < thought_lengths[..., None]
+
+
 @dataclass(frozen=True)
 class Targets:
     """Token ids to predict, int64; -100 where a target does not count."""

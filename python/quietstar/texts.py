@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from quietstar.checks import check_ids, check_range
 from quietstar.config import ThoughtConfig
 from quietstar.hf.modules import embeddings
 from quietstar.hf.positions import check_positions
+from quietstar.objective import sampled
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels.checks import FLOATS, IGNORED, INTEGERS, MASKS, on_host, refuse_where, shown, tensor
+from quietstar_kernels.checks import FLOATS, IGNORED, INTEGERS, MASKS, on_host, refuse_outside, refuse_where, shown, tensor
 
 
 class Column(NamedTuple):
-    """What a batch may hold, and an example, which has no B."""
+    """Something that a batch may hold; an example has the same without B."""
 
     letters: str
     dtypes: tuple[torch.dtype, ...]
@@ -68,29 +68,28 @@ class Texts:
 
     def tokens(self) -> Tensor:
         """int64 [], how many tokens there are without padding."""
-        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        return mask.sum()
+        return (torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask).sum()
 
     @property
     def device(self) -> torch.device:
         return self.input_ids.device
 
-    def to(self, device: torch.device, **kwargs: Any) -> Texts:
-        """On another device; keyword arguments go to ``Tensor.to``."""
-        return self.map(lambda x: x.to(device, **kwargs))
+    def to(self, device: torch.device, **options: Any) -> Texts:
+        """On another device; ``options`` go to ``Tensor.to``."""
+        return self.map(lambda x: x.to(device, **options))
 
-    def map(self, function: Any) -> Texts:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Texts:
         """With ``function`` of each tensor."""
-        layout = replace(self.layout, **{name: function(getattr(self.layout, name)) for name in ("anchor", "lo", "length")})
-        found = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        layout = self.layout
+        layout = replace(layout, anchor=function(layout.anchor), lo=function(layout.lo), length=function(layout.length))
+        found: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, layout=layout, **found)
 
     def at(self, anchors: Tensor) -> Texts:
         """With thoughts at some positions only, int64 [B,P], -1 in unused places; of texts that think at every position."""
         anchors = anchors.to(self.device)
         length = self.layout.length.gather(1, anchors.clamp(min=0)[:, :, None].expand(-1, -1, self.layout.N))
-        layout = replace(self.layout, anchor=anchors.int().contiguous(), length=length)
-        return replace(self, layout=layout, anchors=anchors)
+        return replace(self, layout=replace(self.layout, anchor=anchors.int().contiguous(), length=length), anchors=anchors)
 
     def padded(self, places: int) -> Texts:
         """With unused places up to ``places`` anchors a text."""
@@ -100,10 +99,24 @@ class Texts:
         layout = replace(self.layout, anchor=anchor, length=length)
         return replace(self, layout=layout, anchors=pad(self.anchors, (0, more), value=-1))
 
-    def with_thoughts(self, thought_ids: Tensor | None, thought_lengths: Tensor | None, lookahead: int) -> Texts:
-        """With these thoughts, of ``thought_lengths`` sampled tokens each, in the places that are on."""
-        layout = with_lengths(self.layout, thought_lengths, lookahead)
-        return replace(self, layout=layout, thought_ids=thought_ids, thought_lengths=thought_lengths)
+    def with_thoughts(
+        self, config: ThoughtConfig, thought_ids: Tensor | None, lengths: Tensor | None, old_logprob: Tensor | None = None
+    ) -> Texts:
+        """With these thoughts at its anchors."""
+        thoughts: dict[str, Any] = {"thought_ids": thought_ids, "thought_lengths": lengths, "old_logprob": old_logprob}
+        for name, x in thoughts.items():
+            if x is not None and x.shape[1] != self.layout.P:  # of chosen anchors, which nobody knew before
+                raise ValueError(f"{name} must have thoughts at P={self.layout.P} anchors of a text, got {x.shape[1]}")
+        return replace(self, layout=with_lengths(self.layout, lengths, config.lookahead), **thoughts)
+
+    def again(self, config: ThoughtConfig, given: Mapping[str, Any]) -> Texts:
+        """The same; raises ValueError for another config, or for columns that its maker should have been given."""
+        if others := [name for name, x in given.items() if x is not None]:
+            raise ValueError(f"{', '.join(others)}: give it to QuietStar.texts, which made the batch")
+        if (self.layout.N, self.layout.S) != (config.thoughts, config.rows):
+            wanted = f"N={config.thoughts} thoughts of S=T+J+1={config.rows} rows"
+            raise ValueError(f"input_ids: texts must have {wanted}, got N={self.layout.N}, S={self.layout.S}")
+        return self
 
 
 def with_lengths(layout: ThoughtLayout, thought_lengths: Tensor | None, lookahead: int) -> ThoughtLayout:
@@ -113,61 +126,90 @@ def with_lengths(layout: ThoughtLayout, thought_lengths: Tensor | None, lookahea
     return replace(layout, length=torch.where(layout.length > 0, thought_lengths + lookahead + 1, 0).int().contiguous())
 
 
-def sampled(thought_lengths: Tensor, thought_tokens: int) -> Tensor:
-    """bool [B,P,N,T], True up to each thought's end."""
-    return torch.arange(thought_tokens, device=thought_lengths.device) < thought_lengths[..., None]
+def check_texts(
+    given: Mapping[str, Any],
+    model: PreTrainedModel,
+    config: ThoughtConfig,
+    rows: int,
+    vocabulary: int | None = None,
+    chooses: bool = False,
+) -> Texts:
+    """The batch of some columns, without its thoughts, which are checked too.
 
-
-def check_text(given: Mapping[str, Any], model: PreTrainedModel, config: ThoughtConfig) -> None:
-    """Raises ValueError unless these are texts that the model can read.
-
-    Values are checked: on the CPU, which the texts may be on whatever the model is on, by reading them; on a GPU by an
+    Values are checked on the CPU, which the columns may be on whatever the model is on, by reading them; on a GPU by an
     assertion that nothing waits for.
 
     Args:
-        given: the batch, by the names of ``COLUMNS``; None is a column that is not there. Thoughts are left to
-            ``check_thoughts``.
+        given: by the names of ``COLUMNS``, and sequence_ids; None is a column that is not there.
+        rows: of the longest thought: S or, where thoughts are text, more.
+        vocabulary: V of the output head; default that of the embeddings.
+        chooses: whether anchors are chosen later, so that P is not known.
+
+    Raises:
+        ValueError: see ``QuietStar.forward``.
     """
-    input_ids, attention_mask = given["input_ids"], given.get("attention_mask")
-    sizes: dict[str, int] = {}
-    device = input_ids.device if isinstance(input_ids, Tensor) and on_host(input_ids) else embeddings(model).weight.device
-    for name in ("input_ids", "attention_mask", "anchors", "document_ids", "labels"):
-        if name == "input_ids" or given.get(name) is not None:
-            letters, dtypes, _ = COLUMNS[name]
-            tensor(name, given[name], letters, sizes, device, dtypes)
-            sizes |= zip(letters.split(","), given[name].shape, strict=True)
-    assert isinstance(input_ids, Tensor)
-    if 0 in input_ids.shape:
-        raise ValueError(f"input_ids must hold at least one text of one token, got shape {list(input_ids.shape)}")
-    check_ids("input_ids", input_ids, len(embeddings(model).weight))
-    for name, token in (("start", config.start_token_id), ("end", config.end_token_id)):
-        if token is not None:
-            held = input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
-            refuse_where(held, f"input_ids must not hold the {name}-of-thought id {token}", partial(_place, held))
-
-
-def make_layout(given: Mapping[str, Any], config: ThoughtConfig) -> ThoughtLayout:
-    """The packed sequence of texts that were checked and their thoughts, on the texts' device."""
-    input_ids, attention_mask, anchors = given["input_ids"], given.get("attention_mask"), given.get("anchors")
-    N, S, document_ids = config.thoughts, config.rows, given.get("document_ids")
-    if document_ids is not None:
-        if attention_mask is not None:
-            document_ids = document_ids.masked_fill(attention_mask == 0, -1)
-        return ThoughtLayout.from_documents(document_ids, N, S, anchors=anchors)
-    if attention_mask is not None:
-        return ThoughtLayout.from_padding(attention_mask, N, S, anchors=anchors)
-    if anchors is not None:
-        return ThoughtLayout.at(anchors, N, S, text_length=input_ids.shape[1])
-    return ThoughtLayout.every_position(input_ids.shape[0], input_ids.shape[1], N, S, device=input_ids.device)
-
-
-def lay_out(given: Mapping[str, Any], model: PreTrainedModel, config: ThoughtConfig, rows: int) -> ThoughtLayout:
-    """``make_layout`` of texts that are checked here; ``rows`` of the longest thought are S or, where it is text, more."""
-    check_text(given, model, config)
+    given = {name: x for name, x in given.items() if x is not None or name == "input_ids"}
+    check_columns(given, model, config, vocabulary, chooses)
+    input_ids, mask, sequence_ids = given["input_ids"], given.get("attention_mask"), given.get("sequence_ids")
     layout = make_layout(given, config)
     longest = torch.where(layout.length > 0, layout.length + rows - layout.S, 0)
     check_positions(model, replace(layout, rows=rows, length=longest))
-    return layout
+    labels = given.get("labels", input_ids).long()
+    labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+    if sequence_ids is None:
+        sequence_ids = torch.arange(layout.B, device=input_ids.device)
+    sequence_ids = (sequence_ids[:, None] if sequence_ids.ndim == 1 else sequence_ids).long().expand(input_ids.shape)
+    return Texts(input_ids, mask, labels, sequence_ids, layout, given.get("anchors"))
+
+
+def check_columns(
+    given: Mapping[str, Any],
+    model: PreTrainedModel,
+    config: ThoughtConfig,
+    vocabulary: int | None = None,
+    chooses: bool = False,
+) -> None:
+    """The checks of ``check_texts``; ``given`` has no None."""
+    input_ids, V, T = given["input_ids"], len(embeddings(model).weight), config.thought_tokens
+
+    # 1. Types, shapes and devices.
+    device = input_ids.device if isinstance(input_ids, Tensor) and on_host(input_ids) else embeddings(model).weight.device
+    sizes = {"N": config.thoughts, "T": T}
+    for name in [name for name in COLUMNS if name in given]:
+        letters, dtypes, _ = COLUMNS[name]
+        tensor(name, given[name], letters, sizes, device, dtypes)
+        sizes |= zip(letters.split(","), given[name].shape, strict=True)
+        if name == "input_ids" and "anchors" not in given and not chooses:
+            sizes["P"] = sizes["L"]
+    if 0 in input_ids.shape:
+        raise ValueError(f"input_ids must hold at least one text of one token, got shape {list(input_ids.shape)}")
+    if "sequence_ids" in given:
+        ids, (B, L) = given["sequence_ids"], input_ids.shape
+        if not isinstance(ids, Tensor) or tuple(ids.shape) not in ((B,), (B, L)):
+            got = list(ids.shape) if isinstance(ids, Tensor) else shown(ids)
+            raise ValueError(f"sequence_ids must have shape [B]=[{B}] or [B,L]=[{B}, {L}], got {got}")
+        tensor("sequence_ids", ids, "...", {}, device, INTEGERS)
+
+    # 2. Texts.
+    refuse_outside("input_ids", input_ids, V - 1, "V-1")
+    mask, labels, lengths, thought_ids = (
+        given.get(name) for name in ("attention_mask", "labels", "thought_lengths", "thought_ids")
+    )
+    for name, token in (("start", config.start_token_id), ("end", config.end_token_id)):
+        if token is not None:
+            held = input_ids == token if mask is None else (input_ids == token) & (mask != 0)
+            refuse_where(held, f"input_ids must not hold the {name}-of-thought id {token}", partial(_place, held))
+    if labels is not None:
+        refuse_outside("labels", labels.masked_fill(labels == IGNORED, 0), (vocabulary or V) - 1, "V-1")
+
+    # 3. Thoughts, whose ids past their end may be anything.
+    if lengths is not None:
+        refuse_outside("thought_lengths", lengths, T, "T")
+    if thought_ids is not None:
+        on = torch.ones_like(thought_ids, dtype=torch.bool) if lengths is None else sampled(lengths, T)
+        refuse_outside("thought_ids", thought_ids.where(on, 0), (vocabulary or V) - 1, "V-1")
+        for token in config.banned:
+            refuse_where(on & (thought_ids == token), f"thought_ids must not hold the start- or end-of-thought id {token}")
 
 
 def _place(held: Tensor) -> str:
@@ -175,61 +217,15 @@ def _place(held: Tensor) -> str:
     return f", row {row} does at position {place}"
 
 
-def check_texts(given: Mapping[str, Any], model: PreTrainedModel, config: ThoughtConfig, vocabulary: int, rows: int) -> Texts:
-    """The batch without its thoughts; arguments are those of ``lay_out``, with sequence_ids.
-
-    Args:
-        vocabulary: V of the output head, for labels.
-
-    Raises:
-        ValueError: see ``QuietStar.forward``.
-    """
-    layout, input_ids, attention_mask = lay_out(given, model, config, rows), given["input_ids"], given.get("attention_mask")
-    labels = given.get("labels")
-    if labels is None:
-        labels = input_ids
-    else:
-        check_ids("labels", labels.masked_fill(labels == IGNORED, 0), vocabulary)
-    labels = labels.long() if attention_mask is None else labels.long().masked_fill(attention_mask == 0, IGNORED)
-    sequence_ids = check_sequence_ids(given.get("sequence_ids"), input_ids)
-    return Texts(input_ids, attention_mask, labels, sequence_ids, layout, given.get("anchors"))
-
-
-def check_again(texts: Texts, given: Mapping[str, Any], config: ThoughtConfig) -> Texts:
-    """The same batch; raises ValueError for another config, or for columns that its maker should have been given."""
-    if others := [name for name, x in given.items() if x is not None]:
-        raise ValueError(f"{', '.join(others)}: give it to QuietStar.texts, which made the batch")
-    if (texts.layout.N, texts.layout.S) != (config.thoughts, config.rows):
-        wanted = f"N={config.thoughts} thoughts of S=T+J+1={config.rows} rows"
-        raise ValueError(f"input_ids: texts must have {wanted}, got N={texts.layout.N}, S={texts.layout.S}")
-    return texts
-
-
-def check_sequence_ids(sequence_ids: Tensor | None, input_ids: Tensor) -> Tensor:
-    """int64 [B,L]; the row index where none are given."""
-    B, L = input_ids.shape
-    if sequence_ids is None:
-        sequence_ids = torch.arange(B, device=input_ids.device)
-    if not isinstance(sequence_ids, Tensor) or tuple(sequence_ids.shape) not in ((B,), (B, L)):
-        got = list(sequence_ids.shape) if isinstance(sequence_ids, Tensor) else shown(sequence_ids)
-        raise ValueError(f"sequence_ids must have shape [B]=[{B}] or [B,L]=[{B}, {L}], got {got}")
-    tensor("sequence_ids", sequence_ids, ",".join("BL"[: sequence_ids.ndim]), {}, input_ids.device, INTEGERS)
-    return (sequence_ids[:, None] if sequence_ids.ndim == 1 else sequence_ids).long().expand(B, L)
-
-
-def check_thoughts(texts: Texts, given: Mapping[str, Any], config: ThoughtConfig, vocabulary: int) -> Texts:
-    """The texts with the thoughts of ``given``. Ids past the end of a thought may be anything."""
-    layout, T = texts.layout, config.thought_tokens
-    sizes = {"B": layout.B, "P": layout.P, "N": layout.N, "T": T}
-    thoughts = {name: given[name] for name in ("thought_lengths", "old_logprob", "thought_ids") if given.get(name) is not None}
-    for name, x in thoughts.items():
-        tensor(name, x, COLUMNS[name].letters, sizes, layout.device, COLUMNS[name].dtypes)
-    lengths, ids = thoughts.get("thought_lengths"), thoughts.get("thought_ids")
-    if lengths is not None:
-        check_range("thought_lengths", lengths, T, "T")
-    if ids is not None:
-        on = torch.ones_like(ids, dtype=torch.bool) if lengths is None else sampled(lengths, T)
-        check_ids("thought_ids", ids.where(on, 0), vocabulary)
-        for token in config.banned:
-            refuse_where(on & (ids == token), f"thought_ids must not hold the start- or end-of-thought id {token}")
-    return replace(texts, layout=with_lengths(layout, lengths, config.lookahead), **thoughts)
+def make_layout(given: Mapping[str, Any], config: ThoughtConfig) -> ThoughtLayout:
+    """The packed sequence of texts that were checked and their thoughts, on the texts' device."""
+    input_ids, mask, anchors = given["input_ids"], given.get("attention_mask"), given.get("anchors")
+    (B, L), N, S, document_ids = input_ids.shape, config.thoughts, config.rows, given.get("document_ids")
+    if document_ids is not None:
+        document_ids = document_ids if mask is None else document_ids.masked_fill(mask == 0, -1)
+        return ThoughtLayout.from_documents(document_ids, N, S, anchors=anchors)
+    if mask is not None:
+        return ThoughtLayout.from_padding(mask, N, S, anchors=anchors)
+    if anchors is not None:
+        return ThoughtLayout.at(anchors, N, S, text_length=L)
+    return ThoughtLayout.every_position(B, L, N, S, device=input_ids.device)

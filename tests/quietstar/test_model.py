@@ -1,5 +1,7 @@
 """The wrapper: what it returns, what it refuses."""
 
+from dataclasses import astuple, replace
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -129,3 +131,29 @@ def test_a_text_holding_the_start_or_end_id_is_refused(tiny):
     assert torch.isfinite(qs(ids, mask, seed=0).loss)
     with pytest.raises(ValueError, match="thought_ids must not hold"):
         qs(ids[:1], thought_ids=torch.full((1, 12, 2, T), 7))
+
+
+def test_a_batch_that_was_checked_once_stands_for_its_tensors(qs):
+    """Anchors chosen, thoughts of given lengths, padding, labels: forward, thoughts and counts are the same bits."""
+    qs.use_config(replace(qs.thought_config, anchors="random", anchor_share=0.4))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 9:] = 0
+    batch = {"input_ids": text(), "attention_mask": mask, "labels": text().masked_fill(text() % 3 == 0, -100)}
+    texts = qs.train().texts(**batch, sequence_ids=torch.tensor([4, 5]), seed=2)
+    want = qs(**batch, sequence_ids=torch.tensor([4, 5]), seed=2)
+    got = qs(texts, seed=2)
+    assert 1 <= texts.layout.P < 12 and torch.equal(got.anchors, want.anchors)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.thought_ids, want.thought_ids)
+    assert torch.equal(qs.think(texts, seed=2).thought_ids, got.thought_ids)
+    given = {"anchors": want.anchors, "thought_ids": want.thought_ids, "thought_lengths": want.thought_ids[..., 0] % (T + 1)}
+    given = {**given, "old_logprob": want.logprob + 0.1}
+    again = qs.texts(**batch, **given)
+    assert torch.equal(qs(again).loss, qs(**batch, **given).loss)
+    named = {name: x for name, x in given.items() if name in ("anchors", "thought_lengths")}
+    assert all(map(torch.equal, astuple(qs.count_targets(again)), astuple(qs.count_targets(**batch, **named))))
+    with pytest.raises(ValueError, match=r"labels, anchors: give it to QuietStar.texts, which made the batch"):
+        qs(texts, labels=text(), anchors=want.anchors)
+    with pytest.raises(ValueError, match=r"texts must have N=3 thoughts of S=T\+J\+1=8 rows, got N=2, S=8"):
+        qs.with_config(replace(qs.thought_config, thoughts=3))(texts)
+    with pytest.raises(ValueError, match=f"thought_ids must have thoughts at P={texts.layout.P} anchors of a text, got 12"):
+        qs(text(), thought_ids=torch.zeros(2, 12, 2, T, dtype=torch.int64), seed=2)

@@ -26,8 +26,8 @@ from quietstar.data.filtering import ThoughtFilter, best
 from quietstar.files.reading import as_type, check_regular, json_value
 from quietstar.files.writing import beside
 from quietstar.model import QuietStar
+from quietstar.objective import sampled
 from quietstar.run.batches import Example, batches_of, check_data, check_example, text_of
-from quietstar.texts import sampled
 from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import INTEGERS, file_path, instance, integer, seed_bits, tensor
 

@@ -14,7 +14,7 @@ from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.model import QuietStar
 from quietstar.texts import Texts, with_lengths
-from quietstar_kernels.checks import INTEGERS, instance, integer, items, refusal, tensor
+from quietstar_kernels.checks import INTEGERS, instance, integer, items, refusal, refuse_outside, tensor
 
 # At a time: thought rows of the packed forward, and logits.
 ROWS, LOGITS = 2**13, 2**24
@@ -90,7 +90,7 @@ def _check(
     for ids in allowed or ():
         tensor("allowed", ids, "A", {}, one.start_embedding.device, INTEGERS)
         if ids.device.type == "cpu":  # elsewhere this would wait for the device
-            checks.check_ids("allowed", ids, V)
+            refuse_outside("allowed", ids, V - 1, "V-1")
 
 
 def _pad(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:

@@ -125,7 +125,7 @@ def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: in
 
 def _with_own_thoughts(qs: QuietStar, part: Texts, seed: int) -> Texts:
     thoughts = qs.think(part, seed=seed)
-    return part.with_thoughts(thoughts.thought_ids, thoughts.thought_lengths, qs.thought_config.lookahead)
+    return part.with_thoughts(qs.thought_config, thoughts.thought_ids, thoughts.thought_lengths)
 
 
 def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> list[Batch]:

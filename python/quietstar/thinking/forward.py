@@ -15,8 +15,8 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings
-from quietstar.objective import IGNORED, Targets, at_anchors
-from quietstar.texts import lay_out, sampled, with_lengths
+from quietstar.objective import IGNORED, Targets, at_anchors, sampled
+from quietstar.texts import check_texts, with_lengths
 from quietstar.thinking.text_thoughts import Marks, WrittenRows
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.reference import wide
@@ -145,7 +145,7 @@ class Thinker:
         an assertion that nothing waits for. The layout is on their device.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "anchors": anchors, "document_ids": document_ids}
-        layout = lay_out(given, self.model, self.config, self.most_rows)
+        layout = check_texts(given, self.model, self.config, self.most_rows).layout
         return with_lengths(layout, thought_lengths, self.config.lookahead)
 
     def thought_rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> Tensor:

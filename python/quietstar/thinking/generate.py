@@ -20,7 +20,8 @@ from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar.hf.positions import check_room, learned_positions, position_limits
-from quietstar.texts import check_sequence_ids, check_text, make_layout, sampled
+from quietstar.objective import sampled
+from quietstar.texts import check_columns, make_layout
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Sampling, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
@@ -59,7 +60,8 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
     """See ``QuietStar.generate``; ``options`` are transformers' own."""
     model: Any = thinker.model
     attention_mask, config = options["attention_mask"], options.get("generation_config")
-    check_text({"input_ids": input_ids, "attention_mask": attention_mask}, model, thinker.config)
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "sequence_ids": thinking.sequence_ids}
+    check_columns({name: x for name, x in given.items() if x is not None or name == "input_ids"}, model, thinker.config)
     tensor("input_ids", input_ids, "B,L", {}, embeddings(model).weight.device)
     if options.get("max_new_tokens") is not None:
         options["max_new_tokens"] = integer("generate: max_new_tokens", options["max_new_tokens"], 1)
@@ -205,7 +207,9 @@ class ThinkingModel(GenerationMixin):
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(f"generate: attention_mask must pad on the left, row {row} ends in padding")
-        self.sequence_ids = check_sequence_ids(self.thinking.sequence_ids, input_ids)[:, -1:]
+        B, sequence_ids = len(input_ids), self.thinking.sequence_ids
+        sequence_ids = torch.arange(B, device=input_ids.device) if sequence_ids is None else sequence_ids
+        self.sequence_ids = sequence_ids.long().view(B, -1)[:, -1:]
         self.longest = int(layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
         ahead = min(self.new_tokens - 1, AHEAD)

@@ -13,7 +13,8 @@ from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
-from quietstar.texts import Texts, sampled
+from quietstar.objective import sampled
+from quietstar.texts import Texts
 from quietstar_kernels import ThoughtLayout
 
 

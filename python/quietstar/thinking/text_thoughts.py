@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import ThoughtConfig
 from quietstar.hf.ends import end_ids
-from quietstar.texts import sampled
+from quietstar.objective import sampled
 from quietstar_kernels import ThoughtLayout
 
 
