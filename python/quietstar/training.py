@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,125 +90,213 @@ def train(
     """
     _check(qs, data, config, loss, evaluate, resume, progress)
     flag("train: evaluate_first", evaluate_first)
-    trackers.check(config)
     if warning := step_size_warning(qs.thought_config, config.learning_rate):
         warnings.warn(f"train: {warning}", stacklevel=3)
-    set_seed(config.seed)
-    qs.anchor_chunk = config.anchor_chunk
-    if config.fast_linear:
-        fast_linear(qs)
-    processes.process_state()
-    accelerator = Accelerator(
-        mixed_precision=config.precision, log_with=config.tracker or None, project_dir=config.out if config.tracker else None
-    )
-    strategy = processes.find_strategy(config)
-    processes.check_processes(accelerator.num_processes, config, strategy)
-    if strategy != "no" and qs.thought_config.written:  # processes would run the sharded model a different number of times
-        raise ValueError(f"train: sharding must be 'no' where thoughts are text (thought_start), got {strategy!r}")
-    checkpoint = find_checkpoint(resume, config, qs.thought_config)
-    done = snapshots.load(checkpoint, qs) if checkpoint else 0
-    steps = processes.in_each_process(accelerator, done)
-    if len(set(steps)) > 1:
-        raise ValueError(f"train: all processes must see the same out={config.out}, but found checkpoints of steps {steps}")
-    places.check_free(config.out, done, config.steps)
-    if strategy != "no":
-        shard(qs, strategy, config.precision)
-    weights = [p for p in qs.parameters() if p.requires_grad]
-    optimizer = make_optimizer(config.optimizer, weights, config.learning_rate, config.weight_decay)
-    if checkpoint:
-        load_optimizer(checkpoint, optimizer)
-    model: Any = qs
-    if strategy == "no":
-        model, optimizer = accelerator.prepare(qs, optimizer)
-    else:
-        optimizer = accelerator.prepare_optimizer(optimizer)
-    settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
-    if config.tracker:
-        trackers.begin(accelerator, config, again=resume is not None)
-    finished = saved = done
-
-    def save() -> None:
-        nonlocal saved
-        snapshots.save(config.out, finished, qs, optimizer, settings, config.keep, accelerator.is_main_process)
-        saved = finished
-
-    if checkpoint and resume == "auto" and accelerator.is_main_process:
-        places.remove_others(checkpoint, config.keep, later=False)  # if the last save was killed before, and no other follows
-    metrics = Metrics(Path(config.out) / "metrics.jsonl", done, accelerator.is_main_process, TrainingLine)
-    with Display(config.steps, done, progress and accelerator.is_main_process) as display, processes.Signals() as signals:
-
-        def stopped() -> bool:
-            return any(processes.in_each_process(accelerator, signals.caught))
-
-        def watch(done: int, total: int) -> None:
-            display.evaluating(done, total)
-            # Sharded weights are gathered in every forward, so that all processes must leave at the same one.
-            if signals.caught if strategy == "no" else stopped():
-                raise processes.Abandoned
-
-        evaluated = partial(_evaluate, accelerator, qs, evaluate, watch) if evaluate is not None and config.eval_every else None
-        before: dict[str, float] = {}
-        unread: list[tuple[int, figures.Reading, float, float]] = []  # the last step, of which the device may not be done
-
-        def evaluates(finished: int) -> bool:
-            return evaluated is not None and (finished % config.eval_every == 0 or finished == config.steps)
-
-        def log() -> None:
-            """Read the figures of the last step, if that wasn't done, and write its line."""
-            while unread:
-                finished, reading, rate, seconds = unread.pop()
-                line = reading.figures()
-                if not math.isfinite(line["loss"]):
-                    raise FloatingPointError(f"train: the loss is {line['loss']} at step {finished}: the model's {state(qs)}")
-                line |= {"learning_rate": rate, "seconds": seconds}
-                line["tokens_per_second"] = line.pop("tokens") / seconds
-                line["thoughts_per_second"] = line.pop("thoughts") / seconds
-                display.step(line)
-                if evaluated and evaluates(finished):
-                    with suppress(processes.Abandoned):
-                        line |= evaluated(display, finished, "eval_")
-                metrics.add({"step": finished, **line, **(before if finished == 1 else {})})
-                accelerator.log(line, step=finished)
-
-        try:
-            with processes.naming_lost_processes():
-                with suppress(processes.Abandoned):
-                    if evaluated and evaluate_first and not done:
-                        before = evaluated(display, 0, "eval_0_")
-                    elif evaluated and evaluates(done) and metrics.lacks_evaluation():  # it was abandoned
-                        metrics.complete(evaluated(display, done, "eval_"))
-                stop = stopped()
-                for step in range(done, done if stop else config.steps):
-                    started = time.perf_counter()
-                    reading, rate = _step(accelerator, model, optimizer, data, config, loss, step)
-                    finished = step + 1
-                    log()  # the step before: meanwhile the device has this one to do
-                    saves = finished % config.save_every == 0 or finished == config.steps
-                    due = saves or evaluates(finished)
-                    if due:
-                        reading.figures()  # waits for the device, so that the step's time is whole
-                    unread.append((finished, reading, rate, time.perf_counter() - started))
-                    if due:
-                        log()
-                    stop = stopped()
-                    if saves or stop:
-                        log()
-                        save()
-                        accelerator.wait_for_everyone()
-                    if stop:
-                        break
-                stop = stopped()  # also while the last step was saved
-        except ConnectionError:
-            log()
-            intact = strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
-            if intact and finished > saved and accelerator.is_main_process:
-                save()
-            raise
-    for tracker in accelerator.trackers:  # accelerator.end_training would also end the process group
+    run = Run(qs, config, data, loss, evaluate, resume)
+    with Display(config.steps, run.done, progress and run.main) as display, processes.Signals() as signals:
+        stop = run.go(display, signals, evaluate_first)
+    for tracker in run.accelerator.trackers:  # accelerator.end_training would also end the process group
         tracker.finish()
     if stop:  # even after the last step: the caller may have more to do
-        raise processes.Interrupted(finished, places.folder(config.out, finished) if finished > done else checkpoint)
-    return metrics.lines
+        saved = places.folder(config.out, run.finished) if run.finished > run.done else run.checkpoint
+        raise processes.Interrupted(run.finished, saved)
+    return run.metrics.lines
+
+
+class Run:
+    """A run between its steps: what it holds, and what it does before, in and after each.
+
+    Attributes:
+        done: steps that were finished before this call; ``finished``, by now.
+        unread: the last step, whose figures the device may still be computing.
+    """
+
+    def __init__(
+        self,
+        qs: QuietStar,
+        config: TrainConfig,
+        data: Sequence[Example],
+        loss: Loss,
+        evaluate: Evaluate | None,
+        resume: str | os.PathLike | None,
+    ):
+        self.qs, self.config, self.data, self.loss = qs, config, data, loss
+        self.evaluation = evaluate if config.eval_every else None
+        # 1. The processes, and how they share the weights.
+        trackers.check(config)
+        set_seed(config.seed)
+        qs.anchor_chunk = config.anchor_chunk
+        if config.fast_linear:
+            fast_linear(qs)
+        processes.process_state()
+        tracked = {"log_with": config.tracker, "project_dir": config.out} if config.tracker else {}
+        self.accelerator = accelerator = Accelerator(mixed_precision=config.precision, **tracked)
+        self.main = accelerator.is_main_process
+        self.strategy = strategy = processes.find_strategy(config)
+        processes.check_processes(accelerator.num_processes, config, strategy)
+        if strategy != "no" and qs.thought_config.written:  # processes would run the sharded model a different number of times
+            raise ValueError(f"train: sharding is not supported with text thoughts (thought_start), got {strategy!r}")
+        # 2. The checkpoint to continue from, before weights are sharded.
+        self.checkpoint = checkpoint = find_checkpoint(resume, config, qs.thought_config)
+        self.done = done = snapshots.load(checkpoint, qs) if checkpoint else 0
+        steps = processes.in_each_process(accelerator, done)
+        if len(set(steps)) > 1:
+            raise ValueError(f"train: all processes must see the same out={config.out}, but found checkpoints of steps {steps}")
+        places.check_free(config.out, done, config.steps)
+        # 3. The model and its optimizer.
+        if strategy != "no":
+            shard(qs, strategy, config.precision)
+        weights = [p for p in qs.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config.optimizer, weights, config.learning_rate, config.weight_decay)
+        if checkpoint:
+            load_optimizer(checkpoint, optimizer)
+        prepared: Any = accelerator.prepare_optimizer(optimizer) if strategy != "no" else accelerator.prepare(qs, optimizer)
+        self.model: Any
+        self.model, self.optimizer = (qs, prepared) if strategy != "no" else prepared
+        # 4. What is written.
+        self.settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
+        if config.tracker:
+            trackers.begin(accelerator, config, again=resume is not None)
+        if checkpoint and resume == "auto" and self.main:
+            # If the last save was killed before it did, and no other follows.
+            places.remove_others(checkpoint, config.keep, later=False)
+        self.metrics = Metrics(Path(config.out) / "metrics.jsonl", done, self.main, TrainingLine)
+        self.finished = self.saved = done
+        self.before: dict[str, float] = {}
+        self.unread: tuple[int, figures.Reading, float, float] | None = None
+
+    def go(self, display: Display, signals: processes.Signals, evaluate_first: bool) -> bool:
+        """All steps that are left; whether a signal ended them."""
+        self.display, self.signals, config = display, signals, self.config
+        try:
+            with processes.naming_lost_processes():
+                self.evaluate_before(evaluate_first)
+                stop = self.stopped()
+                for step in range(self.done, self.done if stop else config.steps):
+                    began = time.perf_counter()
+                    reading, rate = self.step(step)
+                    self.finished = step + 1
+                    self.log()  # the step before: meanwhile the device has this one to do
+                    saves = self.finished % config.save_every == 0 or self.finished == config.steps
+                    due = saves or self.evaluates(self.finished)
+                    if due:
+                        reading.figures()  # waits for the device, so that the step's time is whole
+                    self.unread = self.finished, reading, rate, time.perf_counter() - began
+                    if due:
+                        self.log()
+                    stop = self.stopped()
+                    if saves or stop:
+                        self.log()
+                        self.save()
+                        self.accelerator.wait_for_everyone()
+                    if stop:
+                        break
+                return self.stopped()  # also while the last step was saved
+        except ConnectionError:
+            self.log()
+            intact = self.strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
+            if intact and self.finished > self.saved and self.main:
+                self.save()
+            raise
+
+    def step(self, step: int) -> tuple[figures.Reading, float]:
+        """One optimizer step, or ``config.updates`` of them on the same thoughts: figures of all processes, and learning rate.
+
+        Nothing in it waits for a GPU.
+        """
+        accelerator, model, optimizer, config = self.accelerator, self.model, self.optimizer, self.config
+        ranks, seed, rate = accelerator.num_processes, mix_seed(config.seed, step), config.rate(step)
+        torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
+        model.train()
+        parts, counts = figures.decide(accelerator, self.qs, self.parts(step), seed)
+
+        total: dict[str, Tensor] = {}
+        for update in range(config.updates):
+            optimizer.zero_grad()
+            sums = []
+            for i, part in enumerate(parts):
+                # Sharded gradients are reduced at once: otherwise each process would hold all of them.
+                waits = model is not self.qs and i + 1 < len(parts)
+                with accelerator.no_sync(model) if waits else nullcontext(), accelerator.autocast():
+                    value, out = self.loss(model, part, counts, seed)
+                    # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
+                    accelerator.backward(value * ranks)
+                if update == 0:  # later updates reuse these thoughts, so their figures would be of old ones
+                    parts[i] = _with_thoughts_of(out, part)
+                    sums.append(figures.sums_of(value, out, part))
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            if update == 0:  # before the weights change: if another process is lost here, no step is half done
+                total = figures.reduced(accelerator, figures.add_up(sums))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            clear_gradients(model, ~total["loss"].isfinite())  # this is found out later, when the loss is read
+            optimizer.step()
+            self.qs.update_base_model()
+        return figures.Reading(total, counts, whole(norm)), rate
+
+    def parts(self, step: int) -> list[Batch]:
+        """This process's share of the texts of a step."""
+        config, ranks = self.config, self.accelerator.num_processes
+        chosen = texts_of_step(len(self.data), config.batch_size, config.seed, step)
+        # As many parts in each process, none of them empty: to gather sharded weights, all must run the model as often.
+        each = min(config.accumulation, len(chosen) // ranks)
+        parts = collate([self.data[i] for i in chosen], chosen, ranks * each, "train: data")
+        return parts[self.accelerator.process_index :: ranks]
+
+    def log(self) -> None:
+        """Read the figures of the last step, if that wasn't done, evaluate where that is due, and write the line."""
+        if self.unread is None:
+            return
+        (finished, reading, rate, seconds), self.unread = self.unread, None
+        line = reading.figures()
+        if not math.isfinite(line["loss"]):
+            raise FloatingPointError(f"train: the loss is {line['loss']} at step {finished}: the model's {state(self.qs)}")
+        line |= {"learning_rate": rate, "seconds": seconds}
+        line["tokens_per_second"] = line.pop("tokens") / seconds
+        line["thoughts_per_second"] = line.pop("thoughts") / seconds
+        self.display.step(line)
+        if self.evaluates(finished):
+            with suppress(processes.Abandoned):
+                line |= self.evaluate(finished, "eval_")
+        self.metrics.add({"step": finished, **line, **(self.before if finished == 1 else {})})
+        self.accelerator.log(line, step=finished)
+
+    def evaluates(self, finished: int) -> bool:
+        """Whether an evaluation follows this step."""
+        return self.evaluation is not None and (finished % self.config.eval_every == 0 or finished == self.config.steps)
+
+    def evaluate_before(self, first: bool) -> None:
+        """The evaluation before the first step, or the last step's where that was abandoned."""
+        with suppress(processes.Abandoned):
+            if self.evaluation is not None and first and not self.done:
+                self.before = self.evaluate(0, "eval_0_")
+            elif self.evaluates(self.done) and self.metrics.lacks_evaluation():
+                self.metrics.complete(self.evaluate(self.done, "eval_"))
+
+    def evaluate(self, step: int, prefix: str) -> dict[str, float]:
+        """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
+        assert self.evaluation is not None
+        self.qs.eval()
+        with torch.no_grad(), self.accelerator.autocast(), processes.watching(self.watch):
+            scores = self.evaluation(self.qs)
+        self.display.evaluation(step, scores)
+        return {f"{prefix}{name}": value for name, value in scores.items()}
+
+    def watch(self, done: int, total: int) -> None:
+        """Called before each batch of an evaluation; abandons it after a signal."""
+        self.display.evaluating(done, total)
+        # Sharded weights are gathered in every forward, so that all processes must leave at the same one.
+        if self.signals.caught if self.strategy == "no" else self.stopped():
+            raise processes.Abandoned
+
+    def save(self) -> None:
+        keep, main = self.config.keep, self.main
+        snapshots.save(self.config.out, self.finished, self.qs, self.optimizer, self.settings, keep, main)
+        self.saved = self.finished
+
+    def stopped(self) -> bool:
+        """Whether a signal came to any process."""
+        return any(processes.in_each_process(self.accelerator, self.signals.caught))
 
 
 def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: Any, resume: Any, progress: Any) -> None:
@@ -232,73 +319,8 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
         raise ValueError(f"train: anchors must be 'all' where the texts bring their own anchors or thoughts, got {anchors!r}")
 
 
-def _step(
-    accelerator: Accelerator, model: Any, optimizer: Any, data: Sequence[Example], config: TrainConfig, loss: Loss, step: int
-) -> tuple[figures.Reading, float]:
-    """One optimizer step, or ``config.updates`` of them on the same thoughts: figures of all processes, and the learning rate.
-
-    Nothing in it waits for a GPU.
-    """
-    ranks = accelerator.num_processes
-    qs = accelerator.unwrap_model(model)
-    seed, rate = mix_seed(config.seed, step), config.rate(step)
-    torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
-    model.train()
-    parts, counts = figures.decide(accelerator, qs, _parts_of_step(accelerator, data, config, step), seed)
-
-    total: dict[str, Tensor] = {}
-    for update in range(config.updates):
-        optimizer.zero_grad()
-        sums = []
-        for i, part in enumerate(parts):
-            # Sharded gradients are reduced at once: otherwise each process would hold all of them.
-            waits = model is not qs and i + 1 < len(parts)
-            with accelerator.no_sync(model) if waits else nullcontext(), accelerator.autocast():
-                value, out = loss(model, part, counts, seed)
-                # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
-                accelerator.backward(value * ranks)
-            if update == 0:  # later updates reuse these thoughts, so their figures would be of old ones
-                parts[i] = _with_thoughts_of(out, part)
-                sums.append(figures.sums_of(value, out, part))
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        if update == 0:  # before the weights change: if another process is lost here, no step is half done
-            total = figures.reduced(accelerator, figures.add_up(sums))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        clear_gradients(model, ~total["loss"].isfinite())  # this is found out later, when the loss is read
-        optimizer.step()
-        qs.update_base_model()
-    return figures.Reading(total, counts, whole(norm)), rate
-
-
-def _parts_of_step(accelerator: Accelerator, data: Sequence[Example], config: TrainConfig, step: int) -> list[Batch]:
-    """This process's share of the texts of a step."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    chosen = texts_of_step(len(data), config.batch_size, config.seed, step)
-    # The same number of parts in each process, none of them empty: to gather sharded weights, all must run the model as often.
-    each = min(config.accumulation, len(chosen) // ranks)
-    return collate([data[i] for i in chosen], chosen, ranks * each, "train: data")[rank::ranks]
-
-
 def _with_thoughts_of(out: QuietStarOutput, part: Texts) -> Texts:
     """The part that uses the same thoughts again. Thoughts that were given with their ``old_logprob`` keep it."""
     if part.thought_ids is None:
         part = replace(part, thought_ids=out.thought_ids, thought_lengths=out.thought_lengths)
     return part if part.old_logprob is not None else replace(part, old_logprob=out.logprob)
-
-
-def _evaluate(
-    accelerator: Accelerator,
-    qs: QuietStar,
-    evaluate: Evaluate,
-    watch: Callable[[int, int], None],
-    display: Display,
-    step: int,
-    prefix: str,
-) -> dict[str, float]:
-    """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
-    qs.eval()
-    with torch.no_grad(), accelerator.autocast(), processes.watching(watch):
-        scores = evaluate(qs)
-    display.evaluation(step, scores)
-    return {f"{prefix}{name}": value for name, value in scores.items()}

@@ -155,8 +155,8 @@ def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors
             monkeypatch.setattr(figures, "moved", move)
             return own(*args)
 
-    own = training._step
-    monkeypatch.setattr(training, "_step", step)
+    own = training.Run.step
+    monkeypatch.setattr(training.Run, "step", step)
     qs = wrapper(tiny, anchors=anchors, kl_weight=0.1, policy_temperature=1.0)
     lines = short_run(qs, DATA, tmp_path, steps=3, accumulation=parts)
     assert [line["step"] for line in lines] == [1, 2, 3] and len(steps) == 3
@@ -166,8 +166,8 @@ def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors
 def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, monkeypatch):
     """But before anything is saved or evaluated; and a loss that is not finite leaves the weights whole."""
     events = []
-    own, read = training._step, figures.Reading.figures
-    monkeypatch.setattr(training, "_step", lambda *args: events.append(f"step {args[-1] + 1}") or own(*args))
+    own, read = training.Run.step, figures.Reading.figures
+    monkeypatch.setattr(training.Run, "step", lambda *args: events.append(f"step {args[-1] + 1}") or own(*args))
     monkeypatch.setattr(training.snapshots, "save", lambda *args, **options: events.append("save"))
     monkeypatch.setattr(figures.Reading, "figures", lambda self: events.append("read") or read(self))
 
