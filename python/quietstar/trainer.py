@@ -16,7 +16,6 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -25,8 +24,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 
 from quietstar.checkpoints import native
 from quietstar.config import step_size_warning
-from quietstar.evaluation.intervals import mean_gains
-from quietstar.evaluation.losses import TokenLosses, at_chosen_anchors, can_swap, measure, with_thoughts_of_another
+from quietstar.evaluation.alarms import alarms
+from quietstar.evaluation.losses import TokenLosses, at_chosen_anchors, can_swap, figures_of, measure, with_thoughts_of_another
 from quietstar.files.reading import reason_of
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import state
@@ -75,12 +74,11 @@ class ThoughtTrainer(Trainer):
     ``args.seed``, the step and the text's place in it, and losses are means over the whole step: neither a resumed run nor
     other numbers of accumulation steps or processes change them by more than rounding and dropout.
 
-    The log has, for the steps since its last line: loss_ce, policy_loss, reward, advantage and weight as in ``metrics.jsonl``,
-    thoughts_per_second and tokens_per_second. Evaluation compares the loss of the next token after one greedy thought,
-    eval_loss, with eval_base, the one without: eval_gain is the difference, and eval_gain_low to eval_gain_high its 95 %
-    interval over texts. eval_mixing and eval_content are its parts, from a second pass with another text's thoughts (see
-    ``quietstar.evaluate``). All are means over texts, nats. ``predict`` returns both losses and the number of
-    tokens, [texts,3].
+    The log has, for the steps since its last line, the figures of ``metrics.jsonl``: loss_ce, policy_loss, reward, advantage,
+    weight, leak_rate, dead_groups, thoughts_per_second, ... Evaluation has those of ``quietstar.evaluate``, with eval_loss for
+    the loss of the next token after one greedy thought, and eval_mixing and eval_content from a second pass with another
+    text's thoughts. When one of them crosses a bound of docs/online.md, a warning says so, once of a kind. ``predict`` returns
+    both losses and the number of tokens of each text, [texts,3].
 
     Args:
         data_collator: default ``pad_texts``; under TRL its own.
@@ -101,7 +99,9 @@ class ThoughtTrainer(Trainer):
         name = type(self).__name__
         instance(f"{name}: model", self.model, QuietStar)
         self.controls = flag(f"{name}: controls", controls)
-        self._thought: list[list[Example]] = []  # by this process in an evaluation: the texts of each batch with their thoughts
+        self._found: list[tuple[int, TokenLosses, list[Example]]] = []  # by this process in an evaluation: of each batch
+        self._first: dict[str, float] = {}  # figures of the first line of the log
+        self._said: set[str] = set()
         for refused, why in (
             (self.is_fsdp_enabled or self.is_deepspeed_enabled, "weights can't be sharded here, but `quietstar train` does it"),
             (self.args.n_gpu > 1, "several GPUs need a process each: start with torchrun or accelerate launch"),
@@ -180,7 +180,16 @@ class ThoughtTrainer(Trainer):
                 at = f"at step {self.state.global_step} or before"
                 raise FloatingPointError(f"{type(self).__name__}: the loss is not finite {at}: the model's {state(self.model)}")
             logs.update(found)
+            self._first = self._first or found
+            self._warn(found, self._first)
         super().log(logs, *more, **options)
+
+    def _warn(self, found: Mapping[str, float], first: Mapping[str, float] | None = None) -> None:
+        for sentence in alarms(found, first):
+            kind = sentence.split()[0]
+            if kind not in self._said:
+                self._said.add(kind)
+                warnings.warn(f"{type(self).__name__}, step {self.state.global_step}: {sentence}", stacklevel=3)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -193,27 +202,32 @@ class ThoughtTrainer(Trainer):
             examples = [{name: x[i] for name, x in texts.items()} for i in range(B)]
             chosen = at_chosen_anchors(self.model, examples, B)
             losses, thought = measure(self.model, chosen, B, progress=False, keep=self.controls)
-        self._thought.append(thought)
+        self._found.append((B, losses, thought))
         means = [_text_means(x, losses, B) for x in (losses.base, losses.mixed)]
         rows = torch.stack([*means, losses.text.bincount(minlength=B)], 1).to(self.args.device, torch.float32)
         labels = inputs.get("labels", inputs["input_ids"]) if self.compute_metrics else None
         return rows[:, 1].mean(), rows, labels
 
-    def _with_another(self, texts: int) -> Tensor | None:
-        """The loss of each text with another's thoughts, fp64 [texts]; None where there are not two texts that think.
-
-        The other text is chosen among those of all batches and processes, in the order of the data.
-        """
-        examples = _in_turn(gather_object([self._thought]))
-        examples = [example for batch in examples for example in batch][:texts]  # the last ones may be repeated
-        if not can_swap(examples):
-            return None
+    def _losses(self, texts: int) -> TokenLosses:
+        """Those of all batches and processes, in the order of the data, with another text's thoughts if two texts think."""
+        first, parts, examples = 0, list[TokenLosses](), list[Example]()
+        for size, losses, thought in _in_turn(gather_object([self._found])):
+            parts.append(replace(losses, text=losses.text + first))
+            examples += thought
+            first += size
+        columns = ("base", "mixed", "text", "place", "leaks", "length")
+        found = TokenLosses(**{name: torch.cat([getattr(part, name) for part in parts]) for name in columns})
+        kept = found.text < texts  # the last ones may be repeated
+        found = TokenLosses(**{name: getattr(found, name)[kept] for name in columns})
+        examples = examples[:texts]
+        if not (self.controls and can_swap(examples)):
+            return found
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         own = with_thoughts_of_another(examples)[rank::ranks]
         with self.accelerator.autocast():
             losses, _ = measure(self.model, own, self.args.eval_batch_size, progress=False, keep=False)
-        means = _text_means(losses.mixed, losses, len(own)).tolist()
-        return torch.tensor(_in_turn(gather_object([means])), dtype=torch.float64)
+        each = [losses.mixed[losses.text == i] for i in range(len(own))]
+        return replace(found, another=torch.cat(_in_turn(gather_object([each]))))
 
     def evaluation_loop(
         self,
@@ -223,17 +237,15 @@ class ThoughtTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self._thought = []
+        self._found = []
         output: Any = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if output.predictions is not None:  # with batch_eval_metrics they are not kept
-            rows = np.concatenate(output.predictions).reshape(-1, 3).astype(float)  # from one array or several
-            base, mixed, tokens = torch.from_numpy(rows).unbind(1)
-            another = self._with_another(len(rows)) if self.controls else None
-            some = tokens > 0
-            gains = mean_gains(base[some], mixed[some], None if another is None else another[some])
-            found = {"loss": mixed[some].mean(), "base": base[some].mean()} | gains
-            output.metrics.update({f"{metric_key_prefix}_{name}": float(x) for name, x in found.items() if x is not None})
-        self._thought = []
+        losses = self._losses(output.num_samples)
+        if len(losses.text):
+            found = figures_of(losses)
+            self._warn(found)
+            found["loss"] = found["mixed"]
+            output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in found.items()})
+        self._found = []
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -279,10 +291,9 @@ class Interval:
         assert self.counts is not None and self.sums is not None
         line = figures.Reading(figures.reduced(accelerator, self.sums), self.counts, torch.zeros(())).figures()
         seconds = time.perf_counter() - self.began
-        found = {name: line[name] / self.steps for name in ("loss", "loss_ce", "policy_loss")}
-        names = ("reward", "advantage", "weight", "divergence", "anchor_share")
-        found |= {name: line[name] for name in names if name in line}
-        found |= {f"{name}_per_second": line[name] / seconds for name in ("tokens", "thoughts")}
+        sums = {"loss", "loss_ce", "policy_loss", "anchors"}
+        found = {name: x / self.steps if name in sums else x for name, x in line.items() if name != "grad_norm"}
+        found |= {f"{name}_per_second": found.pop(name) / seconds for name in ("tokens", "thoughts")}
         self.__init__()  # type: ignore[misc]
         return found
 

@@ -191,16 +191,20 @@ def evaluate(
 
 def summary(losses: TokenLosses) -> dict[str, float]:
     """What ``evaluate`` returns, from the losses of ``token_losses``."""
-    tokens = instance("losses", losses, TokenLosses).text.bincount()
+    texts = len(instance("losses", losses, TokenLosses).text.unique())
+    if texts < 2:
+        raise ValueError(f"evaluate: examples: an interval needs at least 2 texts with something to predict, got {texts}")
+    return figures_of(losses)
+
+
+def figures_of(losses: TokenLosses) -> dict[str, float]:
+    """What ``summary`` returns; of a single text without intervals."""
+    tokens = losses.text.bincount()
     tokens, counts = tokens[tokens > 0], tokens > 0
-    if len(tokens) < 2:
-        raise ValueError(f"evaluate: examples: an interval needs at least 2 texts with something to predict, got {len(tokens)}")
     found = {"base": losses.base, "mixed": losses.mixed} | ({} if losses.another is None else {"another": losses.another})
     means = {name: losses.text.bincount(x)[counts] / tokens for name, x in found.items()}
-    figures: dict[str, float] = {name: float(x.mean()) for name, x in means.items()}
-    for name, value in mean_gains(**means).items():
-        assert value is not None  # there are two texts or more
-        figures[name] = value
+    figures = {name: float(x.mean()) for name, x in means.items()}
+    figures |= {name: value for name, value in mean_gains(**means).items() if value is not None}
     if losses.leaks is not None and losses.length is not None:
         figures |= {"leak_rate": float(losses.leaks.double().mean()), "thought_length": float(losses.length.double().mean())}
         if losses.leaks.any() and not losses.leaks.all():
