@@ -54,14 +54,14 @@ def check_free(out: str | os.PathLike, done: int, steps: int) -> None:
         if (temporary or _NAME.fullmatch(path.name)) and done < step_of(path) <= steps:
             reason = None if temporary and is_folder(path) else _not_ours(path)
             if reason:
-                raise ValueError(f"{path}: {reason}, and this run will save there: move it, or take another out")
+                raise ValueError(f"{path}: {reason}, and this run would overwrite it: move it or choose another --out")
 
 
 def check_folder_or_free(path: Path) -> None:
     """Raises ValueError where a run is to have a folder and something else is, such as a link that leads nowhere."""
     if os.path.lexists(path) and not path.is_dir():
         what = "a link that leads to no folder" if path.is_symlink() else "no folder"
-        raise ValueError(f"{path}: it is {what}, and this run will save there: move it, or take another out")
+        raise ValueError(f"{path}: it is {what}, and this run would overwrite it: move it or choose another --out")
 
 
 def _named(out: str | os.PathLike) -> list[Path]:

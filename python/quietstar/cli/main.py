@@ -1,7 +1,7 @@
 """The command line. Each command is a file of this folder; other packages add commands as entry points of ``GROUP``.
 
 Exit codes: 0 done, 2 usage, 3 data, model or checkpoint, 4 a failure at run time, 75 stopped by a signal,
-130 stopped in the middle of a step by a third Ctrl-C, 141 nobody reads the output any more. Errors are one line on stderr.
+130 stopped in the middle of a step by a third Ctrl-C, 141 broken pipe. Errors are one line on stderr.
 """
 
 from __future__ import annotations

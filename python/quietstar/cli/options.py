@@ -1,4 +1,4 @@
-"""From what was typed, config files and the checkpoint of --model to a command with its options."""
+"""Builds a command from the command line, config files and the checkpoint's saved options."""
 
 from __future__ import annotations
 

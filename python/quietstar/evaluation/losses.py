@@ -69,7 +69,7 @@ def with_thoughts_of_another(examples: Sequence[Example]) -> list[Example]:
     used = [_used(example).nonzero()[:, 0] for example in examples]
     thinking = [i for i, places in enumerate(used) if len(places)]
     if len(thinking) < 2:
-        raise ValueError(f"with_thoughts_of_another: examples must be 2 or more that think, got {len(thinking)}")
+        raise ValueError(f"with_thoughts_of_another: need at least 2 examples with thoughts, got {len(thinking)}")
     found = list(examples)
     half = len(thinking) // 2
     for i, j in zip(thinking, thinking[half:] + thinking[:half], strict=True):
@@ -153,7 +153,7 @@ class TokenLosses:
         place: int64 [tokens], the position before it, where the thought is.
         another: fp64 [tokens], -log p with another text's thought at that place; None where this was not measured.
         leaks: bool [tokens], whether that thought has the next four tokens of the text; None where this is not known.
-        length: int64 [tokens], its sampled tokens; likewise.
+        length: int64 [tokens], its sampled tokens; None where this is not known.
     """
 
     base: Tensor

@@ -119,7 +119,7 @@ def head_on_cpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype, gradie
 
 
 def head_on_gpu(calls: Sequence[int], V: int, D: int, dtype: torch.dtype, gpu_bytes: int, gradient: int | None = None) -> int:
-    """Bytes that calls of a head [V,D] take on a GPU with ``gpu_bytes`` of memory; likewise."""
+    """Bytes that calls of a head [V,D] take on a GPU with ``gpu_bytes`` of memory; ``gradient`` as above."""
     kept = _head_kept(calls, dtype.itemsize * V, gpu_bytes // GPU_PART)
     return head_backward(max(calls), V, D, dtype) + kept + (_head_gradient(V, D, dtype) if gradient is None else gradient)
 

@@ -98,7 +98,7 @@ def _acquire(folder: Path, out: str | os.PathLike) -> tuple[FileLock | None, str
     if not lock.certain:
         tqdm.write(f"{out}: its file system has no locks: make sure that no other run writes there")
     if owner:
-        tqdm.write(f"{out}: the run of {owner} ended without giving its lock back; this one takes over")
+        tqdm.write(f"{out}: removing the stale lock of {owner}")
     try:
         now = Owner(os.getpid(), socket.gethostname(), datetime.now().astimezone().isoformat(" ", "seconds"))
         with naming(folder / LOCK):

@@ -163,7 +163,7 @@ class Display:
             self._bar.set_description_str(self._figures)
 
     def _say(self, text: str) -> None:
-        """Print above the bar, on stderr. A run must not end because nobody reads that any more."""
+        """Print above the bar, on stderr. A closed stderr must not end the run."""
         with suppress(OSError):
             tqdm.write(text, file=sys.stderr)
 

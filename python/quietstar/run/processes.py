@@ -76,7 +76,7 @@ def naming_lost_processes() -> Iterator[None]:
 
 
 STOPS = "{name}: stopping after this step, and saving"
-ASKS = "still in this step; another Ctrl-C ends the run at once, and loses the steps since the last save"
+ASKS = "finishing this step; press Ctrl-C again to quit now and lose the steps since the last save"
 
 
 class Interrupted(Exception):

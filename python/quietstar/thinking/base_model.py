@@ -22,7 +22,7 @@ from quietstar_kernels import ThoughtLayout
 
 
 def copy_model(model: PreTrainedModel, averaged: bool) -> PreTrainedModel:
-    """A copy without gradients; an averaged one is fp32, since bf16 would round a thousandth of a step away.
+    """A copy without gradients; an averaged one is fp32, because an EMA step of 0.001 rounds to zero in bf16.
 
     Where the model has adapters, only these are copied; the other weights are shared.
     """

@@ -32,7 +32,7 @@ class Cohort:
 
     Attributes:
         place: int64 [B,C], the number p*N + n of each thought; -1 where there is none.
-        anchor: int32 [B,C], its anchor; likewise.
+        anchor: int32 [B,C], its anchor; -1 where there is none.
         token: int64 [B,C], the last token, which is the next input.
         recent: int64 [B,C,E], the last sampled tokens.
         row: how many rows have been run.

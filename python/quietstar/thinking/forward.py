@@ -120,7 +120,7 @@ class Thinker:
 
     @property
     def end(self) -> Tensor:
-        """[D], the end vector, likewise."""
+        """[D], the end vector as the decoder sees it, in its dtype."""
         return self._vector(self.end_embedding)
 
     def _vector(self, parameter: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Thinker:
         return decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
 
     def rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None) -> Rows:
-        """The rows of the thoughts, in whichever order they stand."""
+        """The thought rows, in the layout's own order."""
         if self.marks is None:
             return GridRows(self, layout, self.thought_rows(layout, input_ids, thought_ids), thought_ids, lengths)
         written = WrittenRows.of(layout, input_ids, thought_ids, self.marks, self.config.lookahead)

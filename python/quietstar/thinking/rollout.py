@@ -24,7 +24,7 @@ class Thoughts:
 
     Attributes:
         thought_ids: int64 [B,P,N,T]; 0 past the end of a thought, -1 where the model's logits are not finite.
-        logprob: fp32 [B,P,N,T], at the sampling temperature; likewise.
+        logprob: fp32 [B,P,N,T], at the sampling temperature; 0 past the end of a thought.
         thought_lengths: int64 [B,P,N], sampled tokens of each thought; None where all have T.
     """
 

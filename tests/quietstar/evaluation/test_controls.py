@@ -70,5 +70,5 @@ def test_unused_places_and_padding_neither_give_nor_take_a_thought():
     assert one["thought_ids"].flatten().tolist() == [30, 40, 41]
     assert other["thought_ids"].flatten().tolist() == [31, 32, 31, 43]
     assert none is nowhere
-    with pytest.raises(ValueError, match="examples must be 2 or more that think, got 1"):
+    with pytest.raises(ValueError, match="need at least 2 examples with thoughts, got 1"):
         with_thoughts_of_another([padded, nowhere])

@@ -87,7 +87,7 @@ def test_a_folder_that_is_not_ours_where_a_step_will_be_saved(go, tmp_path, says
     if says:
         (other / "run.json").write_text(says)
     why = "its run.json says step 1" if says else "it has no run.json"
-    with pytest.raises(ValueError, match=f"step-000002: {why}, and this run will save there"):
+    with pytest.raises(ValueError, match=f"step-000002: {why}, and this run would overwrite it"):
         go(2)
     with pytest.raises(FileExistsError, match=why), places.new(other):
         pytest.fail("it is not made")
