@@ -35,7 +35,7 @@ from quietstar.thinking.cohorts import sample_text_thoughts
 from quietstar.thinking.forward import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
 from quietstar.thinking.generate import Thinking, generate
 from quietstar.thinking.matches import AHEAD, matches
-from quietstar.thinking.rollout import Sampling, Thoughts, draw_seed, sample_vector_thoughts
+from quietstar.thinking.rollout import RolloutOptions, Thoughts, draw_seed, sample_vector_thoughts
 from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import FLOATS, file_path, flag, instance, integer, mapping, number, refusal, tensor
@@ -445,7 +445,7 @@ class QuietStar(nn.Module):
             return sample_text_thoughts(thinker, texts, seed, temperature, live=None if size >= P else size * N)
         eager_because = "anchor_chunk asks for less memory than a graph keeps" if size < P else None
         run = EAGER if self._graphs is None else self._graphs.runner(self.model, self.start_embedding.device, eager_because)
-        how = Sampling.of(self.thought_config, temperature)
+        how = RolloutOptions.of(self.thought_config, temperature)
         return sample_vector_thoughts(self.model, self.lm_head, thinker.start, texts, seed, how, size, run)
 
     def predict(self, inputs: PackedInputs) -> Predictions:

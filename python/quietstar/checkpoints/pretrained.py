@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Config:
+class ConfigFile:
     """What config.json must be, whatever the architecture."""
 
     model_type: str | None = None
@@ -51,7 +51,7 @@ class TokenizerConfig:
 
 
 JSON_FILES = {
-    "config.json": Config,
+    "config.json": ConfigFile,
     "generation_config.json": dict[str, Any],
     "tokenizer_config.json": TokenizerConfig,
     "special_tokens_map.json": dict[str, Any],

@@ -51,7 +51,7 @@ def end_logprobs(
     return_entropy: bool = False,
     autocast_head: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the last tokens of sequences, fp32 [B,T] (fp64 for fp64 models), and the entropies of their predictions, in nats.
+    """Log-probabilities of the last tokens of sequences and entropies of their predictions, fp32 [B,T] (fp64 from fp64), nats.
 
     Both are 0 where ``live`` is False. Differentiable.
 

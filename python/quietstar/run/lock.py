@@ -44,7 +44,7 @@ def only_run_in(out: str | os.PathLike) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if it is missing. A process may nest this for the same folder.
 
     Of a run of several processes, the main one holds the lock. It ends with that process, even if it is killed: the file that
-    is left then names the dead owner, and the next run says that it takes over.
+    is left then names the dead owner, and the next run says that it removes it.
     """
     folder, state = Path(os.path.realpath(out)), process_state()
     held = os.getpid(), folder

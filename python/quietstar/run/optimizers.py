@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from quietstar.checkpoints.contents import read_file
 from quietstar.checkpoints.places import RUN
 from quietstar.files.reading import read_json, reason_of
-from quietstar.run.resume import Run
+from quietstar.run.resume import RunFile
 
 OPTIMIZER = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of PyTorch's AdamW
@@ -70,7 +70,7 @@ def clear_gradients(model: nn.Module, where: Tensor) -> None:
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimizer's state. Its weights may be sharded. Raises ValueError if it belongs to other weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    groups = read_json(path / RUN, Run).optimizer
+    groups = read_json(path / RUN, RunFile).optimizer
     if not fits(groups, optimizer.state_dict()["param_groups"]):
         raise ValueError(f"{path}: {RUN} has the settings of another optimizer")
     tensors = read_file(path, OPTIMIZER)

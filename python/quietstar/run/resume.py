@@ -35,7 +35,7 @@ class SavedConfig(msgspec.Struct):
     thoughts: dict[str, Any]
 
 
-class Run(msgspec.Struct):
+class RunFile(msgspec.Struct):
     """run.json, in each checkpoint"""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
@@ -123,7 +123,7 @@ def find_checkpoint(resume: str | os.PathLike | None, config: TrainConfig, thoug
             raise ValueError(f"train: every checkpoint of {config.out} is damaged")
     else:
         return None
-    run = read_json(path / RUN, Run)
+    run = read_json(path / RUN, RunFile)
     saved_thoughts = read_thought_config(run.config.thoughts, f"{path}: {RUN}")
     saved = run.config.train | saved_thoughts.to_dict()
     steps = saved.get("steps")

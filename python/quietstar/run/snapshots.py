@@ -21,7 +21,7 @@ from quietstar.checkpoints.places import RUN
 from quietstar.files.reading import read_json, reason_of
 from quietstar.model import QuietStar
 from quietstar.run.optimizers import OPTIMIZER, to_tensors
-from quietstar.run.resume import Run
+from quietstar.run.resume import RunFile
 from quietstar.run.sharding import gather, whole_weights
 
 
@@ -54,4 +54,4 @@ def load(path: Path, qs: QuietStar) -> int:
         native.restore_all(qs.contents(), path, verify=False)
     except RuntimeError as error:
         raise ValueError(f"{path}: it is from another model: {reason_of(error)}") from error
-    return read_json(path / RUN, Run).step
+    return read_json(path / RUN, RunFile).step

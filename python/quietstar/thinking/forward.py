@@ -173,7 +173,7 @@ class Thinker:
         embeds = torch.cat([embeddings(self.model)(input_ids), rows], 1)
         return decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
 
-    def rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None) -> Rows:
+    def rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None) -> ThoughtRows:
         """The thought rows, in the layout's own order."""
         if self.marks is None:
             return GridRows(self, layout, self.thought_rows(layout, input_ids, thought_ids), thought_ids, lengths)
@@ -277,7 +277,7 @@ def _only(layout: ThoughtLayout, texts: slice) -> ThoughtLayout:
     return replace(layout, anchor=layout.anchor[texts], lo=layout.lo[texts], length=layout.length[texts])
 
 
-class Rows(Protocol):
+class ThoughtRows(Protocol):
     """The rows of thoughts of a packed forward, and where their states go."""
 
     @property

@@ -23,7 +23,7 @@ from quietstar.hf.positions import check_room, learned_positions, position_limit
 from quietstar.objective import sampled
 from quietstar.texts import check_columns, make_layout
 from quietstar.thinking.forward import Thinker
-from quietstar.thinking.rollout import Sampling, continue_thoughts, draw_seed, on_device
+from quietstar.thinking.rollout import RolloutOptions, continue_thoughts, draw_seed, on_device
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import INTEGERS, flag, function, integer, tensor
 
@@ -173,7 +173,7 @@ class ThinkingModel(GenerationMixin):
             self.seed = draw_seed() if thinking.seed is None else thinking.seed
         else:
             self.N, temperature, self.seed = 1, 0.0, 0  # greedy thoughts are identical
-        self.sampling = Sampling.of(thinker.config, temperature)
+        self.sampling = RolloutOptions.of(thinker.config, temperature)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.thinker.model, name)

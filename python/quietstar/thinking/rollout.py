@@ -91,7 +91,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutOptions:
     """How thoughts are sampled."""
 
     thought_tokens: int  # T
@@ -100,8 +100,8 @@ class Sampling:
     stop: Stop | None = None  # when thoughts end early; None: all have T tokens
 
     @staticmethod
-    def of(config: ThoughtConfig, temperature: float) -> Sampling:
-        return Sampling(config.thought_tokens, temperature, tuple(config.banned), Stop.of(config))
+    def of(config: ThoughtConfig, temperature: float) -> RolloutOptions:
+        return RolloutOptions(config.thought_tokens, temperature, tuple(config.banned), Stop.of(config))
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def sample_vector_thoughts(
     start: Tensor,
     texts: Texts,
     seed: int,
-    sampling: Sampling,
+    sampling: RolloutOptions,
     anchor_chunk: int | None = None,
     run: Runner = EAGER,
 ) -> Thoughts:
@@ -173,7 +173,7 @@ def continue_thoughts(
     store: ThoughtStore,
     sequence_ids: Tensor,
     seed: Tensor,
-    sampling: Sampling,
+    sampling: RolloutOptions,
     end: Tensor | None = None,
     whole: bool = False,
 ) -> tuple[Thoughts, Tensor | None]:

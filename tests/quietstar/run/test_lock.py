@@ -73,7 +73,7 @@ def test_a_killed_run_is_taken_over_and_that_is_said(tmp_path, capsys, holder):
         with only_run_in(tmp_path):
             owner = json.loads((tmp_path / LOCK).read_text())
             assert owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
-        assert f"the run of process {other.process.pid} on " in capsys.readouterr().out
+        assert f"removing the stale lock of process {other.process.pid} on " in capsys.readouterr().out
         assert not (tmp_path / LOCK).exists()
     finally:
         if holder is hold_with_a_child:

