@@ -259,7 +259,7 @@ class QuietStar(nn.Module):
         chooses = chooses and self.training and config.anchors != "all" and anchors is None
         texts = check_texts({"input_ids": input_ids} | given, self.model, config, self.thinker.most_rows, vocabulary, chooses)
         if chooses:
-            texts = texts.at(choose(self._candidates(texts, draw_seed() if seed is None else seed)))
+            texts = texts.at(self._chosen(texts, seed))
         return texts.with_thoughts(config, thought_ids, thought_lengths, old_logprob)
 
     def forward(
@@ -314,7 +314,7 @@ class QuietStar(nn.Module):
             thought_lengths,
         )
         embed = embeddings(self.model)
-        tensor("input_ids", texts.input_ids, "...", {}, embed.weight.device)
+        texts.check_device(embed.weight.device)
         if texts.layout.L < config.lookahead + 2:
             needed = f"J+2={config.lookahead + 2} tokens to look {config.lookahead} ahead"
             raise ValueError(f"input_ids must hold at least {needed}, got L={texts.layout.L}")
@@ -339,8 +339,7 @@ class QuietStar(nn.Module):
         nll_compared, base_logprob = predicted.nll_compared, None
         with self._compared_with() as model:
             if config.base_model != "current":
-                nll_text = base_model.text_nll(model, self.lm_head, texts.input_ids, layout, targets)
-                nll_compared = objective.at_anchors(nll_text, layout, config.lookahead)
+                nll_compared = base_model.target_nll(model, self.lm_head, texts.input_ids, layout, targets)
             if config.kl_weight:
                 base_logprob = base_model.thought_logprob(
                     model, self.lm_head, texts.input_ids, inputs.thought_ids, layout, config.banned, self.chunk_size(layout)
@@ -405,10 +404,11 @@ class QuietStar(nn.Module):
         """
         given: dict[str, Any] = {"document_ids": document_ids, "sequence_ids": sequence_ids}
         texts, seed = self.texts(input_ids, attention_mask, chooses=False, **given), checks.check_seed(seed)
-        return choose(self._candidates(texts, draw_seed() if seed is None else seed))
+        return self._chosen(texts, seed)
 
-    def _candidates(self, texts: Texts, seed: int) -> Candidates:
-        return Candidates(self.thinker, self.gate, texts, seed, self.training, self.tokenizer)
+    def _chosen(self, texts: Texts, seed: int | None) -> Tensor:
+        seed = draw_seed() if seed is None else seed
+        return choose(Candidates(self.thinker, self.gate, texts, seed, self.training, self.tokenizer))
 
     def think(
         self,
@@ -432,7 +432,7 @@ class QuietStar(nn.Module):
         given: dict[str, Any] = {"anchors": anchors, "document_ids": document_ids, "thought_lengths": thought_lengths}
         texts = self.texts(input_ids, attention_mask, sequence_ids=sequence_ids, chooses=False, **given)
         seed = checks.check_seed(seed)
-        tensor("input_ids", texts.input_ids, "...", {}, embeddings(self.model).weight.device)
+        texts.check_device(embeddings(self.model).weight.device)
         thoughts = self.sample(texts, seed, not self.training if greedy is None else flag("greedy", greedy))
         return thoughts.cut(texts.thought_lengths).checked(self.model, texts.layout)
 

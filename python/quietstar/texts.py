@@ -74,6 +74,11 @@ class Texts:
     def device(self) -> torch.device:
         return self.input_ids.device
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError unless the texts are on the model's ``device``."""
+        if self.device != device:
+            raise ValueError(f"input_ids must be on {device} like the model's embeddings, got {self.device}")
+
     def to(self, device: torch.device, **options: Any) -> Texts:
         """On another device; ``options`` go to ``Tensor.to``."""
         return self.map(lambda x: x.to(device, **options))

@@ -98,8 +98,7 @@ def train(
     for tracker in run.accelerator.trackers:  # accelerator.end_training would also end the process group
         tracker.finish()
     if stop:  # even after the last step: the caller may have more to do
-        saved = places.folder(config.out, run.finished) if run.finished > run.done else run.checkpoint
-        raise processes.Interrupted(run.finished, saved)
+        raise processes.Interrupted(run.finished, run.checkpoint)
     return run.metrics.lines
 
 
@@ -108,6 +107,7 @@ class Run:
 
     Attributes:
         done: steps that were finished before this call; ``finished``, by now.
+        checkpoint: the newest one; None before the first.
         unread: the last step, whose figures the device may still be computing.
     """
 
@@ -291,7 +291,7 @@ class Run:
 
     def save(self) -> None:
         keep, main = self.config.keep, self.main
-        snapshots.save(self.config.out, self.finished, self.qs, self.optimizer, self.settings, keep, main)
+        self.checkpoint = snapshots.save(self.config.out, self.finished, self.qs, self.optimizer, self.settings, keep, main)
         self.saved = self.finished
 
     def stopped(self) -> bool:

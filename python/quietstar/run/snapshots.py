@@ -27,8 +27,8 @@ from quietstar.run.sharding import gather, whole_weights
 
 def save(
     out: str | Path, step: int, qs: QuietStar, optimizer: Optimizer, config: dict[str, Any], keep: int, write: bool = True
-) -> None:
-    """Write the checkpoint after ``step`` steps. Then remove all but the newest ``keep`` up to it.
+) -> Path:
+    """Write the checkpoint after ``step`` steps, which is returned. Then remove all but the newest ``keep`` up to it.
 
     Checkpoints of later steps are removed too: they belong to a run that this one replaces. All processes must call this, since
     shards are gathered here, on the CPU of the one that is to ``write``.
@@ -36,9 +36,9 @@ def save(
     with whole_weights(qs, write):
         state = optimizer.state_dict()
         moments = {name: gather(value, write).contiguous() for name, value in to_tensors(state["state"]).items()}
-        if not write:
-            return
         path = places.folder(out, step)
+        if not write:
+            return path
         with places.new(path) as beside:
             hashes = native.write(qs.contents(), beside)
             save_file(moments, beside / OPTIMIZER)
@@ -46,6 +46,7 @@ def save(
             (beside / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
             places.seal(beside, hashes)
     places.remove_others(path, keep, later=True)
+    return path
 
 
 def load(path: Path, qs: QuietStar) -> int:
