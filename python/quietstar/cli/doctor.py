@@ -78,6 +78,7 @@ class Doctor(Train):
         if self.lora.lora_rank and find_spec("peft"):
             import_module("peft")
         libraries = psutil.Process().memory_info().rss
+        # 1. The largest part of a step that runs at once.
         config, thoughts, train, length = load_config(self.model), self.thoughts, self.train, self.data.length
         if self.processes < 1:
             raise UsageError("--processes must be 1 or more")
@@ -90,6 +91,7 @@ class Doctor(Train):
         most = plan.texts * length * (1 + thoughts.thoughts * thoughts.rows)
         if most > MOST_ROWS:
             raise UsageError(f"--batch-size, --length and thoughts make {most:,} rows, and {MOST_ROWS:,} are the most")
+        # 2. Its rows: how many positions think, and how long the longest thought is.
         places = thinking_places(thoughts, length)
         if self.thoughts_from:
             places = max(
@@ -101,6 +103,7 @@ class Doctor(Train):
             assert marks is not None
             thoughts = replace(thoughts, thought_tokens=thoughts.thought_tokens + len(marks.start) + len(marks.end) - 2)
         rows = plan.texts * (length + places * thoughts.thoughts * thoughts.rows)
+        # 3. Bytes of it, by numbers of texts and anchors.
         dtype = getattr(torch, self.dtype)
         processes = Processes(self.processes, train.sharding, dtype, gathered_dtype(dtype, train.precision))
         weights = count_weights(config, self.lora, thoughts.mixing != "none")
@@ -115,6 +118,7 @@ class Doctor(Train):
             moments = memory.moments // 4 if train.optimizer == "8bit" else memory.moments
             return replace(memory, weights=memory.weights + base_copy(weights, thoughts, dtype, adapters), moments=moments)
 
+        # 4. The tables, and whether it fits.
         memory = estimate(plan.texts, plan.anchor_chunk)
         size = f"{plan.texts} x {length} tokens, {rows:,} rows with thoughts"
         table = memory_table(memory, libraries, plan.checkpointing)

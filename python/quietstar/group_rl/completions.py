@@ -62,8 +62,10 @@ def end_logprobs(
         live: bool [B,T] on the host: as many tokens of each sequence are scored as it has Trues, fewer than all.
         autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
     """
-    # Nothing follows a last token, so it needs no row. Without any, the result would not depend on the model.
+    # 1. The tree of the sequences, a row for each distinct token. Nothing follows a last token, so it needs no row; but without
+    # any row the result would not depend on the model.
     layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
+    # 2. What is scored: the row before each token predicts it, and a token that several sequences share is scored once.
     before, scored, known = [], [], []
     numbers = torch.arange(layout.M, layout.M + len(sequences)).split(1)
     for ids, path, count, number in zip(sequences, paths, live.sum(1).tolist(), numbers, strict=True):
@@ -77,6 +79,7 @@ def end_logprobs(
     places = (once.cumsum(0) - 1)[which]
     rows, targets = (which.new_zeros(int(once.sum())).scatter(0, places, torch.cat(x)) for x in (before, scored))
 
+    # 3. One forward; log-probabilities and entropies come from its hidden states, without logits.
     layout = layout.to(model.device)
     token_ids, rows, targets, places, live = (x.to(model.device) for x in (token_ids, rows, targets, places, live))
     packed = PackedPass(layout)
@@ -86,6 +89,7 @@ def end_logprobs(
     with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
         out = head.apply(linear_logprob, hidden[rows], targets, temperature=temperature, return_entropy=return_entropy)
 
+    # 4. Back to the tokens of each sequence.
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(live.shape).masked_scatter(live, values[places])
 

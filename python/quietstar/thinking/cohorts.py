@@ -121,15 +121,15 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     """
     assert thinker.marks is not None
     model, marks, layout = thinker.model, thinker.marks, texts.layout
+    # 1. Greedy thoughts of an anchor are identical, so that one is sampled for all.
     (B, P, N), T, device = layout.length.shape, thinker.config.thought_tokens, texts.device
     if temperature == 0:
         one = ThoughtLayout(layout.anchor, layout.lo, layout.length.amax(2, keepdim=True), layout.rows)
         if N > 1:
             fewer = live and -(-live // N)
             return sample_text_thoughts(thinker, replace(texts, layout=one), seed, temperature, fewer).copies(N)
-    wanted = (layout.anchor >= 0)[..., None] & (layout.length > 0)
-    queue = wanted.flatten(1)
-    # The places that think, of each text, one after another.
+    # 2. The queue: of each text, the places that think, one after another.
+    queue = ((layout.anchor >= 0)[..., None] & (layout.length > 0)).flatten(1)
     order = (~queue).int().argsort(dim=1, stable=True)
     counts = queue.sum(1)
     width = min(live or P * N, int(counts.max()) if B else 0)
@@ -138,11 +138,13 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     logprob = torch.zeros((B, P * N + 1, T), device=device)
     lengths = torch.zeros((B, P * N + 1), dtype=torch.int64, device=device)
     with dropout_off(model):
+        # 3. The text runs once.
         leaf = LeafPass(layout)
         decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), leaf)
         position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
         counted = N, T, texts.sequence_ids, position, positions, on_device(seed, device)
         rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, leaf.keys_values)
+        # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
         while True:
@@ -182,6 +184,7 @@ class _Rollout:
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""
+        # 1. The next row of each thought.
         anchor = torch.cat([c.anchor for c in cohorts], 1).long().clamp(min=0)
         place = torch.cat([c.place for c in cohorts], 1)
         row = torch.cat([torch.full_like(c.place, c.row) for c in cohorts], 1)
@@ -193,6 +196,7 @@ class _Rollout:
             position + 1 + row,
             CohortsPass(self.text, cohorts, self.positions),
         )
+        # 2. A token for each.
         s = row - (len(self.marks.start) - 1)  # which token a row predicts; below 0 in the start string
         counters = torch.stack([self.sequence_ids.gather(1, anchor), position, place.clamp(min=0) % self.N, s.clamp(min=0)], -1)
         drawn, value = self.head.sample(hidden, counters.int(), self.seed, self.temperature, ())
@@ -200,6 +204,7 @@ class _Rollout:
         kept_at = torch.where((place >= 0) & (s >= 0), place, ids.shape[1] - 1)
         s = s.clamp(min=0)
         ids[batch, kept_at, s], logprob[batch, kept_at, s], lengths[batch, kept_at] = drawn, value, s + 1
+        # 3. Who goes on: in the start string all; later those that didn't end.
         forced = self.marks.start
         kept = []
         for c, some in zip(cohorts, drawn.split([c.place.shape[1] for c in cohorts], 1), strict=True):

@@ -129,6 +129,7 @@ def sample_vector_thoughts(
     if sampling.temperature == 0:
         layout = replace(layout, length=layout.length.amax(2, keepdim=True))
 
+    # A function of tensors, so that it can be captured as a CUDA graph.
     def rollout(
         start: Tensor,
         input_ids: Tensor,
