@@ -94,13 +94,17 @@ class Texts:
         """With thoughts at some positions only, int64 [B,P], -1 in unused places; of texts that think at every position."""
         anchors = anchors.to(self.device)
         length = self.layout.length.gather(1, anchors.clamp(min=0)[:, :, None].expand(-1, -1, self.layout.N))
+        length = length.masked_fill(anchors[..., None] < 0, self.layout.S)  # as ThoughtLayout has it
         return replace(self, layout=replace(self.layout, anchor=anchors.int().contiguous(), length=length), anchors=anchors)
 
     def padded(self, places: int) -> Texts:
         """With unused places up to ``places`` anchors a text."""
         assert self.anchors is not None
         more = places - self.layout.P
-        anchor, length = pad(self.layout.anchor, (0, more), value=-1), pad(self.layout.length, (0, 0, 0, more))
+        anchor, length = (
+            pad(self.layout.anchor, (0, more), value=-1),
+            pad(self.layout.length, (0, 0, 0, more), value=self.layout.S),
+        )
         layout = replace(self.layout, anchor=anchor, length=length)
         return replace(self, layout=layout, anchors=pad(self.anchors, (0, more), value=-1))
 

@@ -107,10 +107,11 @@ def decide(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: in
     Parts on the CPU are checked and laid out there, so that nothing waits for a GPU.
     """
     with accelerator.autocast():
-        texts = [qs.texts(**part, seed=seed) for part in parts]  # FSDP moves the text to its device
-        if (
-            qs.thought_config.anchors != "all"
-        ):  # the same number in each part of each process, so that all compute as many chunks
+        texts = [qs.texts(**part, chooses=False) for part in parts]
+        if qs.thought_config.anchors != "all":
+            # Chosen by a method of the model, which FSDP gathers for it; as many in each part of each process, so that all
+            # compute as many chunks.
+            texts = [part if part.anchors is not None else part.at(qs.choose_anchors(part, seed=seed)) for part in texts]
             most = _most(accelerator, max(part.layout.P for part in texts))
             texts = [part.padded(most) for part in texts]
         stops = qs.thought_config.stop_threshold is not None or qs.thought_config.written

@@ -62,11 +62,11 @@ def run_job(job):
         qs.gradient_checkpointing_enable()
     thoughts, steps, seen = {}, [], {}
 
-    def loss(model, batch, counts, seed):
-        value, out = thought_loss(model, batch, counts, seed)
+    def loss(model, part, counts, seed):
+        value, out = thought_loss(model, part, counts, seed)
         if seed not in steps:
             steps.append(seed)
-        for text, ids in zip(batch["sequence_ids"].tolist(), out.thought_ids.tolist(), strict=True):
+        for text, ids in zip(part.sequence_ids[:, 0].tolist(), out.thought_ids.tolist(), strict=True):
             thoughts[f"{len(steps)} {text}"] = ids
         seen.update(reward=out.reward, nll_mix=out.nll_mix, logprob=out.logprob, loss=out.loss)
         return value, out
