@@ -48,25 +48,20 @@ class Settings:
     """The settings that a run and its continuation must have in common."""
 
     values: dict[str, Any]  # JSON values by name; "inputs" has hashes of what is read again, by what to call it
-    defaults: dict[str, Any]  # by name, the value for runs that were saved before the setting existed
 
     @classmethod
     def of(cls, *configs: Any, **others: Any) -> Settings:
         """The fields of dataclasses, apart from those that may differ and those that are dataclasses themselves."""
-        defaults = {}
         for config in configs:
             for field in dataclasses.fields(config):
                 value = getattr(config, field.name)
                 if field.metadata.get("may_differ") or dataclasses.is_dataclass(value):
                     continue
                 others[field.name] = value
-                if field.default is not dataclasses.MISSING:
-                    defaults[field.name] = field.default
-        return cls(json.loads(json.dumps(others)), defaults)
+        return cls(json.loads(json.dumps(others)))
 
     def check(self, path: str | os.PathLike, saved: Mapping[str, Any]) -> None:
         """Raises ValueError, naming the first setting whose value differs in the run in ``path``."""
-        saved = self.defaults | dict(saved)
         check_inputs(path, saved.get("inputs", {}), self.values.get("inputs", {}))
         for name, value in self.values.items():
             if name != "inputs" and saved.get(name) != value:

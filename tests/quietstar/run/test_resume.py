@@ -53,12 +53,6 @@ def test_settings_are_those_that_must_be_the_same():
         settings.check("run", {"sizes": [1, 2], "rate": 0.5})
 
 
-def test_a_run_from_before_a_setting_existed_had_its_default():
-    Settings.of(Config()).check("run", {})
-    with pytest.raises(ValueError, match="the run there has rate=0.1, not 0.2"):
-        Settings.of(Config(0.2)).check("run", {})
-
-
 def checkpoint(out, step, train, thoughts):
     """A checkpoint's run.json, with a manifest of no files."""
     folder = places.folder(out, step)

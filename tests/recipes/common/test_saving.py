@@ -12,7 +12,7 @@ from quietstar_recipes.common.training import adamw
 from quietstar_recipes.tasks import Addition
 from tests.quietstar.conftest import make_byte_tokenizer
 
-SETTINGS = Settings({"recipe": "test"}, {})
+SETTINGS = Settings({"recipe": "test"})
 TASK = Addition(1)
 
 
