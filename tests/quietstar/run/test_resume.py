@@ -73,11 +73,9 @@ def test_the_newest_whole_checkpoint(tmp_path, capsys):
         find_checkpoint(damaged, config, thoughts)
 
 
-def test_a_checkpoint_of_an_older_version(tmp_path):
-    """Newer fields have their default."""
-    thoughts = {"thoughts": 3, "preset": "paper", "base_model": "frozen"}
-    path = checkpoint(tmp_path, 2, {"out": "elsewhere", "steps": 7}, thoughts)
+def test_what_a_run_needs_to_continue(tmp_path):
     config, now = TrainConfig(out=str(tmp_path), steps=7), ThoughtConfig(thoughts=3, preset="paper", base_model="frozen")
+    path = checkpoint(tmp_path, 2, vars(config) | {"out": "elsewhere"}, now.to_dict())
     assert find_checkpoint("auto", config, now) == path
     assert find_checkpoint("auto", replace(config, steps=8), now) == path
     with pytest.raises(ValueError, match="step-000002: the run there has steps=7, not 8: with schedule='linear', the learning"):
