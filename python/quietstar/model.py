@@ -247,19 +247,19 @@ class QuietStar(nn.Module):
         moves a batch that was checked there.
 
         Args:
-            chooses: whether anchors are chosen in training, where none are given; otherwise all positions think.
+            chooses: False for all positions where no anchors are given, even in training.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "anchors": anchors, "document_ids": document_ids}
         given |= {"sequence_ids": sequence_ids, "thought_ids": thought_ids, "thought_lengths": thought_lengths}
         given |= {"old_logprob": old_logprob}
         config = self.thought_config
         if isinstance(input_ids, Texts):
-            return input_ids.again(config, given)
+            return input_ids.check_unchanged(config, given)
         vocabulary = self.lm_head.linear.out_features
         chooses = chooses and self.training and config.anchors != "all" and anchors is None
         texts = check_texts({"input_ids": input_ids} | given, self.model, config, self.thinker.most_rows, vocabulary, chooses)
         if chooses:
-            texts = texts.at(self._chosen(texts, seed))
+            texts = texts.with_anchors(self._chosen(texts, seed))
         return texts.with_thoughts(config, thought_ids, thought_lengths, old_logprob)
 
     def forward(
@@ -300,7 +300,7 @@ class QuietStar(nn.Module):
         # 1. The texts, checked, and where they think.
         config, seed = self.thought_config, checks.check_seed(seed)
         if seed is None and anchors is None and self.training and config.anchors != "all":
-            seed = draw_seed()  # of the choice of anchors and of the thoughts at them
+            seed = draw_seed()  # one for anchors and thoughts
         texts = self.texts(
             input_ids,
             attention_mask,
@@ -327,15 +327,17 @@ class QuietStar(nn.Module):
         assert thought_ids is not None
 
         # 3. One packed pass, which predicts the text without and with each thought.
-        targets, after = self._targets(texts), objective.following(texts.labels, layout, AHEAD)
-        inputs = PackedInputs(layout, texts.input_ids, thought_ids.clamp(min=0), thought_lengths, targets)
+        targets, next_labels = self._targets(texts), objective.following(texts.labels, layout, AHEAD)
+        drawn = thought_ids.clamp(min=0)  # -1 marks logits that were not finite: see the loss below
+        inputs = PackedInputs(layout, texts.input_ids, drawn, thought_lengths, targets)
         if config.reward == "match":
-            reward = self._matched(inputs, after).to(torch.promote_types(embed.weight.dtype, torch.float32))
-            if config.written and not config.mix_weight:  # known before the forward, which can do without dead groups
+            reward = self._matched(inputs, next_labels).to(torch.promote_types(embed.weight.dtype, torch.float32))
+            # Known before the packed pass, which can leave out anchors whose thoughts all earn the same.
+            if config.written and not config.mix_weight:
                 inputs = inputs.without(objective.dead_groups(reward, targets))
         predicted = self.predict(inputs)
 
-        # 4. What rewards and divergence compare with.
+        # 4. The base model's predictions, with which rewards and divergence compare.
         nll_compared, base_logprob = predicted.nll_compared, None
         with self._compared_with() as model:
             if config.base_model != "current":
@@ -357,8 +359,8 @@ class QuietStar(nn.Module):
         thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
         on = objective.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
         clip = (config.ratio_clip, config.ratio_clip_high)
-        drawn = objective.Sampled(predicted.logprob, advantage, on, texts.old_logprob, base_logprob, clip)
-        policy_loss = objective.policy_loss(drawn, counts, config.policy_terms, config.token_mean)
+        policy_inputs = objective.Sampled(predicted.logprob, advantage, on, texts.old_logprob, base_logprob, clip)
+        policy_loss = objective.policy_loss(policy_inputs, counts, config.policy_terms, config.token_mean)
         loss = loss_ce + config.policy_weight * policy_loss
         if self.gate is not None and self.training:
             loss = loss + objective.gate_loss(
@@ -379,7 +381,7 @@ class QuietStar(nn.Module):
             base_logprob=None if base_logprob is None else torch.where(on, base_logprob, 0),
             anchors=texts.anchors,
             dead=dead,
-            leaks=objective.leaks(thought_ids, targets.sampled, after) & thinks,
+            leaks=objective.leaks(thought_ids, targets.sampled, next_labels) & thinks,
         )
 
     def _matched(self, inputs: PackedInputs, after: Tensor) -> Tensor:

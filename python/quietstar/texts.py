@@ -1,4 +1,4 @@
-"""A batch of texts: what enters is checked here, once, and passed on with the layout of its thoughts."""
+"""Checks a batch of texts, once, and lays out its thoughts."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ COLUMNS = {
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """A batch that was checked, and where it thinks. ``QuietStar.texts`` makes one; its methods take it in place of tensors.
+    """A batch that was checked, and where it thinks. ``QuietStar.texts`` makes one; its other methods take it for tensors.
 
     Attributes:
         input_ids: int64 [B,L].
         attention_mask: [B,L]; None where no text is padded.
         labels: int64 [B,L], -100 on padding and where a token is not to be predicted.
-        sequence_ids: int64 [B,L], the first sampling counter of each position.
+        sequence_ids: int64 [B,L], which text each position belongs to, for sampling.
         layout: of the texts and their thoughts, with the thoughts' lengths as far as they are known.
         anchors: integer [B,P], the positions that think; None for all.
         thought_ids: int64 [B,P,N,T]; None where they are to be sampled.
@@ -90,14 +90,14 @@ class Texts:
         found: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, layout=layout, **found)
 
-    def at(self, anchors: Tensor) -> Texts:
+    def with_anchors(self, anchors: Tensor) -> Texts:
         """With thoughts at some positions only, int64 [B,P], -1 in unused places; of texts that think at every position."""
         anchors = anchors.to(self.device)
         length = self.layout.length.gather(1, anchors.clamp(min=0)[:, :, None].expand(-1, -1, self.layout.N))
-        length = length.masked_fill(anchors[..., None] < 0, self.layout.S)  # as ThoughtLayout has it
+        length = length.masked_fill(anchors[..., None] < 0, self.layout.S)  # unused places: their anchor turns them off
         return replace(self, layout=replace(self.layout, anchor=anchors.int().contiguous(), length=length), anchors=anchors)
 
-    def padded(self, places: int) -> Texts:
+    def with_unused_anchors(self, places: int) -> Texts:
         """With unused places up to ``places`` anchors a text."""
         assert self.anchors is not None
         more = places - self.layout.P
@@ -118,7 +118,7 @@ class Texts:
                 raise ValueError(f"{name} must have thoughts at P={self.layout.P} anchors of a text, got {x.shape[1]}")
         return replace(self, layout=with_lengths(self.layout, lengths, config.lookahead), **thoughts)
 
-    def again(self, config: ThoughtConfig, given: Mapping[str, Any]) -> Texts:
+    def check_unchanged(self, config: ThoughtConfig, given: Mapping[str, Any]) -> Texts:
         """The same; raises ValueError for another config, or for columns that its maker should have been given."""
         if others := [name for name, x in given.items() if x is not None]:
             raise ValueError(f"{', '.join(others)}: give it to QuietStar.texts, which made the batch")
@@ -143,7 +143,7 @@ def check_texts(
     vocabulary: int | None = None,
     chooses: bool = False,
 ) -> Texts:
-    """The batch of some columns, without its thoughts, which are checked too.
+    """Checks all columns. The result has the layout, but no thoughts yet.
 
     Values are checked on the CPU, which the columns may be on whatever the model is on, by reading them; on a GPU by an
     assertion that nothing waits for.
@@ -161,6 +161,7 @@ def check_texts(
     check_columns(given, model, config, vocabulary, chooses)
     input_ids, mask, sequence_ids = given["input_ids"], given.get("attention_mask"), given.get("sequence_ids")
     layout = make_layout(given, config)
+    # Thoughts that are text may take more rows than those between vectors.
     longest = torch.where(layout.length > 0, layout.length + rows - layout.S, 0)
     check_positions(model, replace(layout, rows=rows, length=longest))
     labels = given.get("labels", input_ids).long()

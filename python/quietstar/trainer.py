@@ -33,6 +33,7 @@ from quietstar.model import OF_TRL, QuietStar
 from quietstar.objective import Counts
 from quietstar.run import figures
 from quietstar.run.batches import Batch, Example, collate, make_sequence_ids, mix_seed
+from quietstar.run.parts import prepare_parts, same_length
 from quietstar.texts import Texts
 from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import flag, instance, items, refusal
@@ -143,9 +144,9 @@ class ThoughtTrainer(Trainer):
             return [], None
         least = self.model.thought_config.lookahead + 2
         parts = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
-        parts = [self._numbered(i, part) for i, part in enumerate(figures.same_length(self.accelerator, parts, least))]
+        parts = [self._numbered(i, part) for i, part in enumerate(same_length(self.accelerator, parts, least))]
         self.model.train()
-        texts, counts = figures.decide(self.accelerator, self.model, parts, self._seed())
+        texts, counts = prepare_parts(self.accelerator, self.model, parts, self._seed())
         self._interval.begin_step(counts)
         # The Trainer counts tokens by the columns.
         return [part | {"texts": checked} for part, checked in zip(parts, texts, strict=True)], counts

@@ -33,6 +33,7 @@ from quietstar.run.batches import Batch, Example, check_data, check_example, col
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optimizer
+from quietstar.run.parts import prepare_parts
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import shard, whole
 from quietstar.texts import Texts
@@ -108,7 +109,9 @@ class Run:
     Attributes:
         done: steps that were finished before this call; ``finished``, by now.
         checkpoint: the newest one; None before the first.
-        unread: the last step, whose figures the device may still be computing.
+        saved: steps that the newest checkpoint of this call has.
+        pending: number, figures, learning rate and seconds of the last step, whose figures the device may still be computing.
+        first_scores: what the evaluation before the first step found.
     """
 
     def __init__(
@@ -162,38 +165,38 @@ class Run:
             places.remove_others(checkpoint, config.keep, later=False)
         self.metrics = Metrics(Path(config.out) / "metrics.jsonl", done, self.main, TrainingLine)
         self.finished = self.saved = done
-        self.before: dict[str, float] = {}
-        self.unread: tuple[int, figures.Reading, float, float] | None = None
+        self.first_scores: dict[str, float] = {}
+        self.pending: tuple[int, figures.Reading, float, float] | None = None
 
     def go(self, display: Display, signals: processes.Signals, evaluate_first: bool) -> bool:
         """All steps that are left; whether a signal ended them."""
         self.display, self.signals, config = display, signals, self.config
         try:
             with processes.naming_lost_processes():
-                self.evaluate_before(evaluate_first)
+                self.evaluate_at_start(evaluate_first)
                 stop = self.stopped()
                 for step in range(self.done, self.done if stop else config.steps):
                     began = time.perf_counter()
                     reading, rate = self.step(step)
                     self.finished = step + 1
-                    self.log()  # the step before: meanwhile the device has this one to do
+                    self.finish_step()  # the step before: meanwhile the device has this one to do
                     saves = self.finished % config.save_every == 0 or self.finished == config.steps
-                    due = saves or self.evaluates(self.finished)
+                    due = saves or self.evaluation_due(self.finished)
                     if due:
                         reading.figures()  # waits for the device, so that the step's time is whole
-                    self.unread = self.finished, reading, rate, time.perf_counter() - began
+                    self.pending = self.finished, reading, rate, time.perf_counter() - began
                     if due:
-                        self.log()
+                        self.finish_step()
                     stop = self.stopped()
                     if saves or stop:
-                        self.log()
+                        self.finish_step()
                         self.save()
                         self.accelerator.wait_for_everyone()
                     if stop:
                         break
                 return self.stopped()  # also while the last step was saved
         except ConnectionError:
-            self.log()
+            self.finish_step()
             intact = self.strategy == "no" and config.updates == 1  # otherwise weights may be between two steps
             if intact and self.finished > self.saved and self.main:
                 self.save()
@@ -202,22 +205,23 @@ class Run:
     def step(self, step: int) -> tuple[figures.Reading, float]:
         """One optimizer step, or ``config.updates`` of them on the same thoughts: figures of all processes, and learning rate.
 
-        Nothing in it waits for a GPU.
+        It waits for a GPU only where ``prepare_parts`` or ``reward="match"`` has to.
         """
         accelerator, model, optimizer, config = self.accelerator, self.model, self.optimizer, self.config
         ranks, seed, rate = accelerator.num_processes, mix_seed(config.seed, step), config.rate(step)
         torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
         model.train()
-        parts, counts = figures.decide(accelerator, self.qs, self.parts(step), seed)
+        parts, counts = prepare_parts(accelerator, self.qs, self.parts(step), seed)
 
         total: dict[str, Tensor] = {}
         for update in range(config.updates):
             optimizer.zero_grad()
             sums = []
             for i, part in enumerate(parts):
-                # Sharded gradients are reduced at once: otherwise each process would hold all of them.
-                waits = model is not self.qs and i + 1 < len(parts)
-                with accelerator.no_sync(model) if waits else nullcontext(), accelerator.autocast():
+                # DDP reduces gradients at the last part only. Sharded ones are reduced after each: otherwise each process would
+                # hold all of them.
+                sync_later = model is not self.qs and i + 1 < len(parts)
+                with accelerator.no_sync(model) if sync_later else nullcontext(), accelerator.autocast():
                     value, out = self.loss(model, part, counts, seed)
                     # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
                     accelerator.backward(value * ranks)
@@ -229,7 +233,8 @@ class Run:
                 total = figures.reduced(accelerator, figures.add_up(sums))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            clear_gradients(model, ~total["loss"].isfinite())  # this is found out later, when the loss is read
+            # A loss that is not finite must not change the weights; the error comes later, when it is read.
+            clear_gradients(model, ~total["loss"].isfinite())
             optimizer.step()
             self.qs.update_base_model()
         return figures.Reading(total, counts, whole(norm)), rate
@@ -243,11 +248,14 @@ class Run:
         parts = collate([self.data[i] for i in chosen], chosen, ranks * each, "train: data")
         return parts[self.accelerator.process_index :: ranks]
 
-    def log(self) -> None:
-        """Read the figures of the last step, if that wasn't done, evaluate where that is due, and write the line."""
-        if self.unread is None:
+    def finish_step(self) -> None:
+        """Read the figures of the last step, if that wasn't done, evaluate where that is due, and write its line.
+
+        Raises FloatingPointError for a loss that is not finite.
+        """
+        if self.pending is None:
             return
-        (finished, reading, rate, seconds), self.unread = self.unread, None
+        (finished, reading, rate, seconds), self.pending = self.pending, None
         line = reading.figures()
         if not math.isfinite(line["loss"]):
             raise FloatingPointError(f"train: the loss is {line['loss']} at step {finished}: the model's {state(self.qs)}")
@@ -255,22 +263,22 @@ class Run:
         line["tokens_per_second"] = line.pop("tokens") / seconds
         line["thoughts_per_second"] = line.pop("thoughts") / seconds
         self.display.step(line)
-        if self.evaluates(finished):
+        if self.evaluation_due(finished):
             with suppress(processes.Abandoned):
                 line |= self.evaluate(finished, "eval_")
-        self.metrics.add({"step": finished, **line, **(self.before if finished == 1 else {})})
+        self.metrics.add({"step": finished, **line, **(self.first_scores if finished == 1 else {})})
         self.accelerator.log(line, step=finished)
 
-    def evaluates(self, finished: int) -> bool:
+    def evaluation_due(self, finished: int) -> bool:
         """Whether an evaluation follows this step."""
         return self.evaluation is not None and (finished % self.config.eval_every == 0 or finished == self.config.steps)
 
-    def evaluate_before(self, first: bool) -> None:
+    def evaluate_at_start(self, first: bool) -> None:
         """The evaluation before the first step, or the last step's where that was abandoned."""
         with suppress(processes.Abandoned):
             if self.evaluation is not None and first and not self.done:
-                self.before = self.evaluate(0, "eval_0_")
-            elif self.evaluates(self.done) and self.metrics.lacks_evaluation():
+                self.first_scores = self.evaluate(0, "eval_0_")
+            elif self.evaluation_due(self.done) and self.metrics.lacks_evaluation():
                 self.metrics.complete(self.evaluate(self.done, "eval_"))
 
     def evaluate(self, step: int, prefix: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ import quietstar
 from quietstar import training
 from quietstar.hf.graphs import HostWork
 from quietstar.run import figures
+from quietstar.run import parts as parts_of_step
 from quietstar_kernels import checks as kernel_checks
 from tests.quietstar.common import short_run
 
@@ -147,12 +148,12 @@ def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors
     def step(*args):
         with ExitStack() as stack:
 
-            def move(x, device, to=figures.moved):
+            def move(x, device, to=parts_of_step.moved):
                 if len(steps) <= args[-1]:
                     steps.append(stack.enter_context(gpu()))
                 return to(x, device)
 
-            monkeypatch.setattr(figures, "moved", move)
+            monkeypatch.setattr(parts_of_step, "moved", move)
             return own(*args)
 
     own = training.Run.step

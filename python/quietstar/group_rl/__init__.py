@@ -1,6 +1,7 @@
 """Group RL over shared prompts: many completions of a prompt in one forward. It knows no config and no thoughts.
 
-A batch of completions goes down through these files: ``shared_prompt`` (a TRL trainer hands it over), ``completions`` (prompts
-once, completions as branches, one forward), the kernels' attention. ``shared_logprobs`` is the same for a loop of one's own;
-``prompts_once`` generates; ``likelihood_reward`` rewards.
+``SharedPrompts`` overrides the method of TRL's trainers that computes log-probabilities. It calls ``completions.end_logprobs``,
+which builds the tree of the sequences (``ThoughtLayout.from_sequences``), runs the decoder once and scores the tokens of the
+completions from its hidden states. ``shared_logprobs`` does the same in a loop of your own. ``prompts_once`` generates for the recipes, and
+``likelihood_reward`` is a reward function. What the kernels call a branch, or a thought, is here a completion.
 """

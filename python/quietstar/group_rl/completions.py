@@ -1,4 +1,4 @@
-"""Log-probabilities of what sequences end with, such as completions; what they begin with is computed once, without logits."""
+"""Scores the last tokens of sequences, such as completions. What they begin with runs once, and no full logits are kept."""
 
 from __future__ import annotations
 
@@ -59,31 +59,33 @@ def end_logprobs(
         model: with attention "quietstar" or "quietstar_wrapped".
         head: the model's, from ``find_lm_head``.
         sequences: int64 [length] on the host, one at least not empty.
-        live: bool [B,T] on the host: as many tokens of each sequence are scored as it has Trues, fewer than all.
+        live: bool [B,T] on the host. Row i has a True for each last token of sequence i that is scored, one fewer than it has
+            tokens at most: the first can't be scored.
         autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
     """
     # 1. The tree of the sequences, a row for each distinct token. Nothing follows a last token, so it needs no row; but without
     # any row the result would not depend on the model.
     layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
-    # 2. What is scored: the row before each token predicts it, and a token that several sequences share is scored once.
-    before, scored, known = [], [], []
-    numbers = torch.arange(layout.M, layout.M + len(sequences)).split(1)
-    for ids, path, count, number in zip(sequences, paths, live.sum(1).tolist(), numbers, strict=True):
+    # 2. What is scored: the row before each token predicts it. A token that several sequences share is scored once.
+    predicting_rows, target_ids, keys = [], [], []
+    last_keys = torch.arange(layout.M, layout.M + len(sequences)).split(1)
+    for ids, path, count, last_key in zip(sequences, paths, live.sum(1).tolist(), last_keys, strict=True):
         first, end = len(ids) - count, len(ids)
-        before.append(path[first - 1 : end - 1])
-        scored.append(ids[first:])
-        # A token is the same in two sequences if its row is. A last one without a row gets a number of its own.
-        known.append(torch.cat([path, number])[first:end])
-    which = torch.cat(known)
-    once = torch.zeros(layout.M + len(sequences), dtype=torch.bool).index_fill(0, which, True)
-    places = (once.cumsum(0) - 1)[which]
-    rows, targets = (which.new_zeros(int(once.sum())).scatter(0, places, torch.cat(x)) for x in (before, scored))
+        predicting_rows.append(path[first - 1 : end - 1])
+        target_ids.append(ids[first:])
+        # A token is the same in two sequences if its row is. A last one without a row gets a key of its own.
+        keys.append(torch.cat([path, last_key])[first:end])
+    key = torch.cat(keys)
+    is_used = torch.zeros(layout.M + len(sequences), dtype=torch.bool).index_fill(0, key, True)
+    slot = (is_used.cumsum(0) - 1)[key]
+    # Tokens with the same key write the same values.
+    rows, targets = (key.new_zeros(int(is_used.sum())).scatter(0, slot, torch.cat(x)) for x in (predicting_rows, target_ids))
 
     # 3. One forward; log-probabilities and entropies come from its hidden states, without logits.
     layout = layout.to(model.device)
-    token_ids, rows, targets, places, live = (x.to(model.device) for x in (token_ids, rows, targets, places, live))
+    token_ids, rows, targets, slot, live = (x.to(model.device) for x in (token_ids, rows, targets, slot, live))
     packed = PackedPass(layout)
-    packed.positions = max(map(len, sequences))  # less than the layout's bound, which adds up all documents
+    packed.positions = max(map(len, sequences))  # the layout's own bound counts all sequences as one text
     hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), packed)[0]
     head = head.of(model)
     with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
@@ -91,7 +93,7 @@ def end_logprobs(
 
     # 4. Back to the tokens of each sequence.
     def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(live.shape).masked_scatter(live, values[places])
+        return values.new_zeros(live.shape).masked_scatter(live, values[slot])
 
     logprob, entropy = out if isinstance(out, tuple) else (out, None)
     return spread(logprob), None if entropy is None else spread(entropy)
@@ -99,7 +101,10 @@ def end_logprobs(
 
 @contextmanager
 def answering(model: PreTrainedModel, answer: Callable[[], Any]) -> Iterator[None]:
-    """Inside, a call of the model returns ``answer()``, also through what wraps it: wrappers synchronise gradients and cast."""
+    """In this context ``model()`` returns ``answer()``, which calls the decoder.
+
+    Wrappers still run around it, so gradients are synchronised and dtypes cast.
+    """
     own = vars(model).get("forward")
     model.forward = lambda *_, **__: answer()  # type: ignore[method-assign]
     try:

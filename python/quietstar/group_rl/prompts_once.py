@@ -1,4 +1,4 @@
-"""``generate`` over prompts of which what they begin with is read once: its rows decode through one text-and-branch cache."""
+"""Lets ``generate`` read the shared beginnings of prompts once; its rows decode through one cache of text and branches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings, unwrapped
 from quietstar_kernels import ThoughtLayout
 
-# Options of ``generate`` with which it calls the model in other ways than once for the prompts and once per token.
+# Options with which ``generate`` calls the model in another way than once for the prompts and once per token.
 _OTHER_CALLS = ("num_beams", "prompt_lookup_num_tokens", "guidance_scale", "cache_implementation", "prefill_chunk_size")
 
 
@@ -33,7 +33,7 @@ def generates_row_by_row(model: PreTrainedModel) -> bool:
 def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequence[int]], max_new: int) -> Iterator[None]:
     """In this context, one call of ``model.generate`` for these prompts reads once what they begin with.
 
-    The model's forward is replaced, and the rest is transformers' own: what is drawn, from which scores, and when rows end.
+    Only the forward is replaced. transformers still samples tokens and ends rows.
     Logits are those of an ordinary forward up to rounding.
     """
     inner = unwrapped(model)

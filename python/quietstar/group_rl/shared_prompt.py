@@ -1,7 +1,7 @@
 """Group RL where what completions share runs once, in TRL's trainers: prompts, first turns, results of tools.
 
 GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) sample a group of completions of each prompt, and TRL repeats the prompt for
-each of them. Here prompts with completions are the tree of ``ThoughtLayout.from_sequences``, without padding, in which each
+each of them. Here prompts with completions are a tree of ``ThoughtLayout.from_sequences``, without padding, in which each
 token that several of them begin with is one row. Log-probabilities and entropies come from hidden states, without logits. The
 loss is TRL's own, and so are its masks of what tools and environments said.
 
@@ -42,7 +42,8 @@ SUMS = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 class SharedPrompts(Trainer):
     """Put it before ``trl.GRPOTrainer`` or ``trl.RLOOTrainer``: ``class Trainer(SharedPrompts, GRPOTrainer): pass``.
 
-    Each optimizer step is that of the trainer after it, up to rounding, without dropout and learned positions. What differs:
+    Each optimizer step is that of the trainer after it, up to rounding, if the model has neither dropout nor learned positions.
+    What differs:
 
     - The model runs with attention "quietstar_wrapped". It is plain sdpa where no prompts are shared, as in ``generate``.
     - TRL shuffles the completions that it has generated before it cuts them into microbatches. Here those that begin alike are
@@ -71,7 +72,7 @@ class SharedPrompts(Trainer):
     _buffered_inputs: list[dict[str, Any]]  # the microbatches of a generation
     _step: int  # microbatches so far
 
-    _window = range(0)  # those of the optimizer step under way; none outside ``train``
+    _window = range(0)  # the values of ``_step`` in the optimizer step under way; none outside ``train``
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._check_release()
@@ -136,7 +137,10 @@ class SharedPrompts(Trainer):
         return samples
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's inputs of a microbatch, after those of an optimizer step and a generation were sorted."""
+        """One microbatch of TRL's inputs.
+
+        In training, rows are sorted before across the microbatches of this optimizer step that come from one generation.
+        """
         inputs = super()._prepare_inputs(generation_batch)
         if not (self.model.training and self._step in self._window and self._adds_up()):
             return inputs
@@ -192,7 +196,7 @@ class SharedPrompts(Trainer):
         arguments = (inner, self._heads[inner], sequences, live, temperature, return_entropy, not in_fp32)
         answer = functools.partial(end_logprobs, *arguments)
         with self.accelerator.autocast(), answering(inner, answer):
-            return model()
+            return model()  # forward is replaced: this runs end_logprobs inside the wrappers
 
 
 def _alike_together(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
