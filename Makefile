@@ -108,6 +108,7 @@ lint: $(READY)  ## ruff, mypy, clang-format, and how heavy the checkout may be: 
 
 docs: $(READY)  ## the site of docs/ with the reference and the commands' help, into build/site; refuses dead links
 	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build -q --strict
+	@echo "Open build/site/index.html in a browser, or serve it: $(BIN)/python -m http.server --directory build/site"
 
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python -m benchmarks.run
