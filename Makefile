@@ -99,10 +99,11 @@ $(NEWEST)/.ready: setup.py pyproject.toml
 	@PATH="$(abspath $(NEWEST))/bin:$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP_NEWEST) --no-build-isolation -e '.[train,dev]'
 	@touch $@
 
-lint: $(READY)  ## ruff, mypy, clang-format, and how heavy the checkout may be: tests/weight.json
+lint: $(READY)  ## ruff, mypy, clang-format, codespell, and how heavy the checkout may be: tests/weight.json
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/python tests/weight.py --check
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
 
