@@ -99,15 +99,17 @@ $(NEWEST)/.ready: setup.py pyproject.toml
 	@PATH="$(abspath $(NEWEST))/bin:$$PATH" QUIETSTAR_BUILD=$(BUILD) $(PIP_NEWEST) --no-build-isolation -e '.[train,dev]'
 	@touch $@
 
-lint: $(READY)  ## ruff, mypy, clang-format, and how heavy the checkout may be: tests/weight.json
+lint: $(READY)  ## ruff, mypy, clang-format, codespell, and how heavy the checkout may be: tests/weight.json
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/python tests/weight.py --check
 	$(if $(CPP),$(BIN)/clang-format --dry-run --Werror $(CPP))
 
 docs: $(READY)  ## the site of docs/ with the reference and the commands' help, into build/site; refuses dead links
 	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build -q --strict
+	@echo "Open build/site/index.html in a browser, or serve it: $(BIN)/python -m http.server --directory build/site"
 
 bench: $(READY)  ## benchmarks of this machine against what people use without this package; under five minutes
 	$(BIN)/python -m benchmarks.run

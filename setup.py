@@ -26,6 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0+PTX;9.0a;10.0;12.0"  # the PTX is for later GPUs
@@ -212,6 +213,16 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+class Editable(editable_wheel):
+    """A .pth file with both folders of packages. Of the finder that setuptools writes for two, type checkers see nothing; its
+    strict mode sees no new files; its compat mode knows one folder."""
+
+    def _select_strategy(self, name: str, tag: str, build_lib: str) -> object:
+        from setuptools.command.editable_wheel import _StaticPth
+
+        return _StaticPth(self.distribution, name, [ROOT, ROOT / "python"])
+
+
 BACKENDS = {"cpu": "CPU library", "cuda": "CUDA back end"}
 NEEDED = {"auto": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "python": []}
 
@@ -233,5 +244,5 @@ def sources(backend: str) -> list[str]:
 if __name__ == "__main__":  # the tests read what is above
     setup(
         ext_modules=[Extension(f"quietstar_kernels.{backend}._C", sources(backend)) for backend in compiled],
-        cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel, "editable_wheel": Editable},
     )

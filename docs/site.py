@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import html
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -39,13 +41,20 @@ SECTIONS = {
             for name in ("training", "online", "offline-thoughts", "large-models", "using", "serving", "recipes")
         ),
         *(f"docs/{name}.md" for name in ("integrating", "branches", "building", "reliability")),
+        "examples/cluster/README.md",
     ],
     "Results": ["docs/results.md", "docs/pretrained.md", "docs/executed.md", "benchmarks/results/*.md"],
     "Reference": ["docs/commands.md", "reference/*.md"],
     "Development": ["CONTRIBUTING.md", "docs/log.md", "CHANGELOG.md", "tests/golden/README.md"],
-    "More": ["docs/*.md"],
+    "More": ["*.md"],
 }
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.theme.static_templates -= {"404.html"}  # which has no style unless the site is at the root of a server
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -53,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     ours = [file for file in files if file.src_dir == config.docs_dir]
     docs = [f"docs/{file.src_uri}" for file in ours if not file.src_uri.endswith((".py", ".pyc", ".json"))]
     paths = {"README.md", "CHANGELOG.md", *docs}
-    todo = sorted(paths)
+    todo = sorted(paths | written.keys())
     while todo:  # what pages link to belongs to the site
         path = todo.pop()
         found = {linked for linked in linked_files(path, written.get(path)) if linked not in paths | written.keys()}
@@ -86,14 +95,27 @@ def navigation(paths: list[str]) -> list[dict[str, list[str]]]:
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """A site has no folders to show, so links to them become their text. The page of the commands gets their help. A search for
-    an op finds its reference before what it was measured against.
+    an op finds its reference before what it was measured against, and nothing of the log.
     """
     folder = (ROOT / page.file.src_uri).parent
     if page.file.src_uri.startswith("benchmarks/"):
         page.meta["search"] = {"boost": 0.1}
+    if page.file.src_uri == "docs/log.md":
+        page.meta["search"] = {"exclude": True}
     if page.file.src_uri == "docs/commands.md":
         markdown += f"\n{commands()}\n"
     return LINK.sub(lambda match: match[1] if (folder / match[2]).is_dir() else match[0], markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers show without a script."""
+
+    def mathml(match: re.Match[str]) -> str:
+        tag, kind, formula = match.groups()
+        math = convert(html.unescape(formula), display="inline" if kind == "(" else "block")
+        return f'<{tag} class="formula">{math}</{tag}>'
+
+    return FORMULA.sub(mathml, content)
 
 
 def pages() -> Iterator[tuple[str, str]]:

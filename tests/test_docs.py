@@ -16,11 +16,9 @@ from quietstar_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *(
-        ROOT / name
-        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/golden/README.md", "examples/cluster/README.md")
-    ),
-    *(ROOT / name for name in ("csrc/README.md", "csrc/cpu/README.md", "benchmarks/results/README.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(ROOT / name for name in ("tests/golden/README.md", "examples/cluster/README.md", "csrc/README.md", "csrc/cpu/README.md")),
+    ROOT / "benchmarks/results/README.md",
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob(".github/*.md")),
 ]

@@ -120,7 +120,9 @@ def _plain_forward(
 def _attention(without_layout: str) -> Callable[..., Any]:
     """The attention function to register; ``without_layout`` as in ``register_attention``."""
 
-    def forward(module, query, key, value, attention_mask, **kwargs):
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         layout = kwargs.pop("thought_layout", None)
         if layout is None and isinstance(attention_mask, MaskArguments):  # a tensor's ``layout`` is its memory format
             layout = attention_mask.layout
