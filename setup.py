@@ -218,8 +218,10 @@ class Editable(editable_wheel):
     strict mode sees no new files; its compat mode knows one folder."""
 
     def _select_strategy(self, name: str, tag: str, build_lib: str) -> object:
-        from setuptools.command.editable_wheel import _StaticPth
-
+        try:
+            from setuptools.command.editable_wheel import _StaticPth
+        except ImportError:  # a later setuptools: its own finder, which only checkers don't see
+            return super()._select_strategy(name, tag, build_lib)
         return _StaticPth(self.distribution, name, [ROOT, ROOT / "python"])
 
 
