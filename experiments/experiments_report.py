@@ -116,7 +116,7 @@ def section(experiment: ModuleType, seeds: list[Result], picture: Path) -> str:
     blocks = [
         f"### {experiment.TITLE}",
         *(paragraph.replace("\n", " ") for paragraph in paragraphs),
-        rows_table(seeds),
+        *([rows_table(seeds)] if hasattr(experiment, "CLAIMS") else []),  # curves are plots
         cost,
     ]
     if hasattr(experiment, "plot"):

@@ -74,7 +74,7 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     learned = [arm for arm in WAYS_TO_LEARN if all(arm in results for results in seeds)]
     verdicts = [verdict(seeds, arm) for arm in learned]
     blocks = [*(f"**{words}**" for words in verdicts), seedsmarkdown(seeds), *(claimmarkdown(seeds, arm) for arm in learned)]
-    blocks += [sampledmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
+    blocks += [sampledmarkdown(seeds), writingmarkdown(seeds, problems)]
     if learned and can_draw():
         draw(seeds, learned, folder / "pretrained.png")
         blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
@@ -154,26 +154,6 @@ def _named(arm: str, seeds: list[Results]) -> str:
     """Also the seeds, if not all have it."""
     having = [str(seed) for seed, results in enumerate(seeds) if arm in results]
     return NAMES[arm] if len(having) == len(seeds) else f"{NAMES[arm]} (seed {', '.join(having)})"
-
-
-def armsmarkdown(seeds: list[Results]) -> str:
-    """Share of right answers and -log p of the answer, mean over the seeds."""
-    lines = []
-    for arm in NAMES:
-        for way, words in WAYS.items():
-            if way not in ("none", "own") and arm not in WAYS_TO_LEARN:
-                continue
-            row = [_named(arm, seeds), words]
-            answers = [results[arm]["answers"] for results in seeds if "answers" in results.get(arm, {})]
-            for part in PARTS:
-                found = [x[part][way] for x in answers if way in x[part]]
-                if not found:
-                    break
-                row += [_mean([fmean(x["right"]) for x in found]), _mean([fmean(x["nats"]) for x in found])]
-            else:
-                lines.append(row)
-    head = ["trained", "thoughts", *(f"{what}, {words}" for words in PARTS.values() for what in ("right", "nats"))]
-    return f"Answers at once, without a written chain:\n\n{markdown(head, lines)}"
 
 
 def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:

