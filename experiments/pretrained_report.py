@@ -112,7 +112,7 @@ def claimmarkdown(seeds: list[Results], ours: str) -> str:
     rows = [row for seed, results in enumerate(seeds) for row in gains(results, ours, seed, CLAIM | BESIDES)]
     lines = []
     for part, words in PARTS.items():
-        for name in dict.fromkeys(row[1] for row in rows):
+        for name in dict.fromkeys(row[1] for row in rows if part == "test" or row[1] in CLAIM):
             found = [_interval(*row[3:]) for row in rows if row[:2] == (part, name)]
             lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
     head = [f"{WAYS_TO_LEARN[ours]}: own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
@@ -199,7 +199,7 @@ def _of_written(warm: Results, problems: dict[str, list[Problem]]) -> tuple[int,
     return round(shares["right"] * len(problems["test"])), round(shares["written"] * len(problems["test"]))
 
 
-def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[Problem], count: int = 8) -> str:
+def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[Problem], count: int = 4) -> str:
     """The first held-out problems with what was thought before and after training, and what it did in the last arm."""
     found = [results[arm]["answers"]["test"] for arm in ("warm", *learned)]
     lines = []
