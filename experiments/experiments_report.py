@@ -59,16 +59,17 @@ def made_with(seeds: list[Result]) -> str:
 
 
 def ablations_section(results: Results, folder: Path) -> str:
-    """A line for each experiment, with its plot."""
+    """A plot for each experiment."""
     seeds = [result for several in results.values() for result in several]
-    lines = []
+    links = []
     for name, several in results.items():
         experiment = importlib.import_module(name)
         if hasattr(experiment, "plot"):
             picture = folder / f"experiments_{name}_{ABLATIONS}.png"
-            lines.append(f"- [{experiment.TITLE}]({picture.name}): {experiment.plot(several, picture)}")
+            experiment.plot(several, picture)
+            links.append(f"[{experiment.TITLE}]({picture.name})")
     runs = f"The same with more runs beside them, some of them longer{made_with(seeds)}. Their figures are in experiments.json."
-    return "\n".join(["### Ablations", "", f"{runs} One seed each shows where to look, and resolves nothing.", "", *lines])
+    return f"### Ablations\n\n{runs} One seed each shows where to look, and resolves nothing. Plots: {'; '.join(links)}."
 
 
 def claim_lines(experiment: ModuleType, seeds: list[Result]) -> tuple[list[list[str]], list[str]]:

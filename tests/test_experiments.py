@@ -26,7 +26,7 @@ def test_it_runs_and_is_reported(scripts, tmp_path, name):
     both = {name: [result, {**result, "seed": 1}]}
     page = scripts("experiments_report").write({"tiny": both, "fresh": both, "full": both}, tmp_path / "page")
     text = page.read_text()
-    assert f"### {scripts(name).TITLE}\n" in text and f"- [{scripts(name).TITLE}](experiments_{name}_full.png)" in text
+    assert f"### {scripts(name).TITLE}\n" in text and f"[{scripts(name).TITLE}](experiments_{name}_full.png)" in text
     assert all(text.count(f"| {claim.text} |") == 1 for claim in getattr(scripts(name), "CLAIMS", ()))
     for row in result["rows"] if hasattr(scripts(name), "CLAIMS") else ():
         assert f"| {row['run']} |" in text
