@@ -47,6 +47,19 @@ LINK_CUDA = "-shared -cudart=static -Xlinker=-s,--no-as-needed -ltorch_cpu -ltor
 LINK_CPU = "-shared -Wl,-s,--no-as-needed -ltorch_cpu -ltorch -lc10"
 
 
+def package_page() -> str:
+    """README.md for PyPI, which has no files beside it: links and pictures lead to the repository, at this version's tag."""
+    found = {
+        name: re.search(rf'^{name} = "(.*)"', (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)[1]
+        for name, file in (("Repository", "pyproject.toml"), ("__version__", "quietstar_kernels/__init__.py"))
+    }
+    at = f"{found['Repository']}/{{}}/v{found['__version__']}/"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for begin, kind in ((r'src="', "raw"), (r"!\[[^]]*\]\(", "raw"), (r"(?<!!)\[[^]]*\]\(", "blob")):
+        text = re.sub(rf"({begin})(?!https?:|#)", rf"\1{at.format(kind)}", text)
+    return text
+
+
 def cxx() -> str | None:
     return shutil.which(os.environ.get("CXX") or "c++")
 
@@ -247,4 +260,6 @@ if __name__ == "__main__":  # the tests read what is above
     setup(
         ext_modules=[Extension(f"quietstar_kernels.{backend}._C", sources(backend)) for backend in compiled],
         cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel, "editable_wheel": Editable},
+        long_description=package_page(),
+        long_description_content_type="text/markdown",
     )

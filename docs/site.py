@@ -36,16 +36,16 @@ PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_recipes")
 SECTIONS = {
     "Start": ["README.md", "docs/tutorial.md", "docs/how-it-works.md"],
     "Guides": [
-        *(
-            f"docs/{name}.md"
-            for name in ("training", "online", "offline-thoughts", "large-models", "using", "serving", "recipes")
-        ),
-        *(f"docs/{name}.md" for name in ("integrating", "branches", "building", "reliability")),
+        *(f"docs/{name}.md" for name in ("branches", "group-rl", "training", "online", "offline-thoughts", "large-models")),
+        *(f"docs/{name}.md" for name in ("using", "serving", "recipes", "integrating", "building", "reliability")),
         "examples/cluster/README.md",
     ],
-    "Results": ["docs/results.md", "docs/pretrained.md", "docs/executed.md", "benchmarks/results/*.md"],
+    "Results": [
+        *(f"docs/{name}.md" for name in ("performance", "results", "pretrained", "recipe-results", "executed")),
+        "benchmarks/results/*.md",
+    ],
     "Reference": ["docs/commands.md", "reference/*.md"],
-    "Development": ["CONTRIBUTING.md", "docs/log.md", "CHANGELOG.md", "tests/golden/README.md"],
+    "Development": ["DESIGN.md", "CONTRIBUTING.md", "docs/log.md", "CHANGELOG.md", "tests/golden/README.md"],
     "More": ["*.md"],
 }
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")

@@ -1,4 +1,4 @@
-"""Writes a part of docs/results.md from results: a table of the claims, then for each experiment its runs and a plot."""
+"""Writes a part of docs/recipe-results.md from results: a table of the claims, then for each experiment its runs and a plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments_results import FRESH, Result, Results
 
 from benchmarks.report.committed import write_block
 
-ABLATIONS = "full"  # the size whose results stand in a part of their own
+ABLATIONS = "full"  # the size of which the page has plots only; the figures are in experiments.json
 
 
 def write(results: dict[str, Results], folder: Path) -> Path:
@@ -21,20 +21,18 @@ def write(results: dict[str, Results], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     fresh = results.get(FRESH, {})
     shown = {size: found for size, found in results.items() if size != FRESH}
+    ablations = shown.pop(ABLATIONS, {})
     parts, claims, verdicts = [], [], []
-    for size in sorted(shown, key=lambda size: size == ABLATIONS):
-        if size == ABLATIONS and shown[size]:
-            parts.append(ablations_introduction(shown[size]))
-        for name, seeds in shown[size].items():
+    for found in shown.values():
+        for name, seeds in found.items():
             experiment = importlib.import_module(name)
-            if size == ABLATIONS:
-                parts.append(section(experiment, seeds, folder / f"experiments_{name}_{ABLATIONS}.png", True))
-                continue
-            parts.append(section(experiment, fresh.get(name, seeds), folder / f"experiments_{name}.png", False))
-            lines, found = claim_lines(experiment, fresh.get(name, seeds))
+            parts.append(section(experiment, fresh.get(name, seeds), folder / f"experiments_{name}.png"))
+            lines, states = claim_lines(experiment, fresh.get(name, seeds))
             claims += lines
-            verdicts += found
-    page = folder / "results.md"
+            verdicts += states
+    if ablations:
+        parts.append(ablations_section(ablations, folder))
+    page = folder / "recipe-results.md"
     short = [seeds for size, found in results.items() if size != ABLATIONS for seeds in found.values()]
     head = ["method", "claim", "ours", "hardest of the claim's controls", "gap", "lowest, highest", "above 0", "verdict"]
     write_block(page, "experiments", "\n\n".join([markdown(head, claims), counted(verdicts), cost(short), *parts]))
@@ -60,10 +58,18 @@ def made_with(seeds: list[Result]) -> str:
     return between + (f", with {' and '.join(versions)}" if versions else "")
 
 
-def ablations_introduction(results: Results) -> str:
+def ablations_section(results: Results, folder: Path) -> str:
+    """A plot for each experiment."""
     seeds = [result for several in results.values() for result in several]
-    runs = f"The same with more runs beside them, some of them longer{made_with(seeds)}."
-    return f"### Ablations\n\n{runs} One seed each shows where to look, and resolves nothing."
+    links = []
+    for name, several in results.items():
+        experiment = importlib.import_module(name)
+        if hasattr(experiment, "plot"):
+            picture = folder / f"experiments_{name}_{ABLATIONS}.png"
+            experiment.plot(several, picture)
+            links.append(f"[{experiment.TITLE}]({picture.name})")
+    runs = f"The same with more runs beside them, some of them longer{made_with(seeds)}. Their figures are in experiments.json."
+    return f"### Ablations\n\n{runs} One seed each shows where to look, and resolves nothing. Plots: {'; '.join(links)}."
 
 
 def claim_lines(experiment: ModuleType, seeds: list[Result]) -> tuple[list[list[str]], list[str]]:
@@ -103,15 +109,15 @@ def anchor(title: str) -> str:
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
-def section(experiment: ModuleType, seeds: list[Result], picture: Path, ablations: bool) -> str:
+def section(experiment: ModuleType, seeds: list[Result], picture: Path) -> str:
     paragraphs = (experiment.__doc__ or "").strip().split("\n\n")
     minutes = fmean(result["seconds"] for result in seeds) / 60
     number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)} from {seeds[0]['seed']}"
     cost = f"{number}, {minutes:.1f} minutes of a core each{made_with(seeds)}."
     blocks = [
-        f"### {experiment.TITLE}{', ablations' if ablations else ''}",
-        *(paragraph.replace("\n", " ") for paragraph in paragraphs if not ablations),
-        rows_table(seeds),
+        f"### {experiment.TITLE}",
+        *(paragraph.replace("\n", " ") for paragraph in paragraphs),
+        *([rows_table(seeds)] if hasattr(experiment, "CLAIMS") else []),  # curves are plots
         cost,
     ]
     if hasattr(experiment, "plot"):

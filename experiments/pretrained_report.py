@@ -74,7 +74,7 @@ def write(seeds: list[Results], free: Results | None, problems: dict[str, list[P
     learned = [arm for arm in WAYS_TO_LEARN if all(arm in results for results in seeds)]
     verdicts = [verdict(seeds, arm) for arm in learned]
     blocks = [*(f"**{words}**" for words in verdicts), seedsmarkdown(seeds), *(claimmarkdown(seeds, arm) for arm in learned)]
-    blocks += [sampledmarkdown(seeds), armsmarkdown(seeds), writingmarkdown(seeds, problems)]
+    blocks += [sampledmarkdown(seeds), writingmarkdown(seeds, problems)]
     if learned and can_draw():
         draw(seeds, learned, folder / "pretrained.png")
         blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
@@ -112,7 +112,7 @@ def claimmarkdown(seeds: list[Results], ours: str) -> str:
     rows = [row for seed, results in enumerate(seeds) for row in gains(results, ours, seed, CLAIM | BESIDES)]
     lines = []
     for part, words in PARTS.items():
-        for name in dict.fromkeys(row[1] for row in rows):
+        for name in dict.fromkeys(row[1] for row in rows if part == "test" or row[1] in CLAIM):
             found = [_interval(*row[3:]) for row in rows if row[:2] == (part, name)]
             lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
     head = [f"{WAYS_TO_LEARN[ours]}: own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
@@ -154,26 +154,6 @@ def _named(arm: str, seeds: list[Results]) -> str:
     """Also the seeds, if not all have it."""
     having = [str(seed) for seed, results in enumerate(seeds) if arm in results]
     return NAMES[arm] if len(having) == len(seeds) else f"{NAMES[arm]} (seed {', '.join(having)})"
-
-
-def armsmarkdown(seeds: list[Results]) -> str:
-    """Share of right answers and -log p of the answer, mean over the seeds."""
-    lines = []
-    for arm in NAMES:
-        for way, words in WAYS.items():
-            if way not in ("none", "own") and arm not in WAYS_TO_LEARN:
-                continue
-            row = [_named(arm, seeds), words]
-            answers = [results[arm]["answers"] for results in seeds if "answers" in results.get(arm, {})]
-            for part in PARTS:
-                found = [x[part][way] for x in answers if way in x[part]]
-                if not found:
-                    break
-                row += [_mean([fmean(x["right"]) for x in found]), _mean([fmean(x["nats"]) for x in found])]
-            else:
-                lines.append(row)
-    head = ["trained", "thoughts", *(f"{what}, {words}" for words in PARTS.values() for what in ("right", "nats"))]
-    return f"Answers at once, without a written chain:\n\n{markdown(head, lines)}"
 
 
 def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
@@ -219,7 +199,7 @@ def _of_written(warm: Results, problems: dict[str, list[Problem]]) -> tuple[int,
     return round(shares["right"] * len(problems["test"])), round(shares["written"] * len(problems["test"]))
 
 
-def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[Problem], count: int = 8) -> str:
+def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[Problem], count: int = 4) -> str:
     """The first held-out problems with what was thought before and after training, and what it did in the last arm."""
     found = [results[arm]["answers"]["test"] for arm in ("warm", *learned)]
     lines = []

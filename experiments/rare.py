@@ -6,7 +6,8 @@ What decides is whether the model knows the steps, not how often it writes them.
 had not learnt the steps, and there was nothing to reward. Two things were enough to learn them: a warm start of 512 written-out
 asides, half of each batch for 500 steps, or a text that had 40 % first and less later ("learnt, then"). From there the
 published recipe is enough at 20 and 10 %, and in the seed shown also at 2 %. In an earlier run of three seeds, of which only
-the means are kept (below, "What thinking does"), one seed of three was not done after a hundred steps at 2 %.
+the means are kept ([what thinking does](results.md#what-thinking-does-and-what-it-doesnt)), one seed of three was not done
+after a hundred steps at 2 %.
 
 Thoughts are at "=" only, 4 of 4 tokens, weight 3, on lines without asides. "Steps known" is the lowest probability of a right
 step after right ones, and "answer known" that of the answer after all of them. "Right before" and "right after" are the shares

@@ -1,4 +1,4 @@
-"""Runs the experiments of the recipes and writes their part of docs/results.md, with tables and plots.
+"""Runs the experiments of the recipes and writes their part of docs/recipe-results.md, with tables and plots.
 
     python experiments/run_experiments.py                what the claims need, one seed, about 45 minutes on two cores
     python experiments/run_experiments.py star --seeds 3 three seeds of one of them
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="only this seed, in this process")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes at once; default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for results")
-    parser.add_argument("--docs", type=Path, help=f"also keep results in {FILE} of this folder, and write its results.md")
+    parser.add_argument("--docs", type=Path, help=f"also keep results in {FILE} here, and write recipe-results.md")
     options = parser.parse_args()
     size = options.size or ("full" if options.full else "quick")
     unknown = sorted(set(options.names) - set(names()))

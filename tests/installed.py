@@ -32,6 +32,7 @@ def main(dist: Path) -> None:
 
 def use(wheel: Path, versions: str) -> str:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = [code for code in blocks if "from trl " not in code]  # which is not installed here
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bin = folder / "environment/bin"

@@ -133,6 +133,15 @@ def test_pages_say_what_the_committed_results_say(page, name):
     assert with_block(text, name, readme.blocks()[page, name]) == text
 
 
+def test_the_chart_shows_the_fastest_rival_and_is_that_of_the_committed_results(results, tmp_path):
+    """If the last line fails, run ``python -m benchmarks.readme``."""
+    results_file.save(results, tmp_path / "test.json")
+    drawn = readme.chart(tmp_path)
+    assert ">2.80</tspan>" in drawn and "FlexAttention, compiled" in drawn
+    assert "dense mask" not in drawn and "this kernel is for GPUs" not in drawn
+    assert readme.CHART.read_text() == readme.chart()
+
+
 def test_a_share_names_the_copy_that_it_is_of(results, tmp_path):
     """In the page and in the README; where a GPU's copy was timed in one way alone, with a doubt, else with each way's rate."""
     results["machine"]["kind"] = "cuda"

@@ -60,83 +60,62 @@ def faults(jobs: list[Any]) -> list[dict[str, str]]:
 STAGES: dict[str, Callable[[list[Any]], Any]] = {"suite": suite, "wrapper": suite, "modules": modules, "faults": faults}
 
 
-def table(header: list[str], rows: list[list[object]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+def table(header: list[str], rows: list[list[object]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
 
 
-def cases_of(found: dict[str, Any]) -> list[str]:
-    rows: list[list[object]] = []
-    for name, counts in sorted(found["cases"].items()):
-        rows.append([f"`{name}`", *(f"{counts.get(key, 0):,}" for key in ("passed", "failed", "skipped", "launches"))])
-    lines = table(["tests", "passed", "failed", "skipped", "launches"], rows)
-    launches = ", ".join(f"`{kernel}` {n:,}" for kernel, n in sorted(found["launches"].items()))
-    lines += [
-        "",
-        f"{found['executed']:,} cases passed with launches, {sum(found['launches'].values()):,} launches: {launches}.",
-    ]
-    lines += [f"{found['races_unchecked']:,} launches were too large to be searched for races between programs."]
-    if found["skipped"]:
-        lines += ["", "Skipped: " + "; ".join(f"{why} ({n})" for why, n in found["skipped"].items()) + "."]
-    lines += ["", *(f"- **{x['case']}**: {x['why']}" for x in found["failed"])]
-    lines += [f"- **{name}**: the process left no result" for name in found["broken"]]
-    return lines
+def cases_of(found: dict[str, Any]) -> str:
+    """How many cases passed, what failed, and what was left out."""
+    counts = collections.Counter(outcome for case in found["cases"].values() for outcome in case for _ in range(case[outcome]))
+    launches = f"{sum(found['launches'].values()):,} launches of {len(found['launches'])} kernels"
+    said = f"{found['executed']:,} cases passed with {launches}; {counts['failed']} failed, {counts['skipped']} were skipped."
+    if found["races_unchecked"]:
+        said += f" {found['races_unchecked']:,} launches were too large to be searched for races between programs."
+    failed = [f"{x['case']}: {x['why']}" for x in found["failed"]] + [f"{x}: no result" for x in found["broken"]]
+    return "\n".join([said, *(f"- **{why}**" for why in failed)])
 
 
-def modules_table(rows: list[dict[str, Any]]) -> list[str]:
-    cells: list[list[object]] = []
-    for row in rows:
-        if "failed" in row:
-            cells.append([f"`{row['kernel']}`", row["target"], "", "", "not judged: " + clean(" ".join(row["failed"])), ""])
-            continue
-        verdicts = collections.Counter(row["verdicts"])
-        lowered = sum("llvm dialect" in reason for reason in row.get("unjudged", ()))
-        equal, all_ = verdicts["match"], sum(verdicts.values()) - lowered
-        words = "all equal" if equal == all_ else f"{equal} equal, {all_ - equal} not judged or different"
-        why = [clean(x) for x in row.get("unjudged", ()) if "llvm dialect" not in x]
-        shared = row.get("shared", {})
-        races = f"{shared['races']}; {shared['races_without_waits']} without waits" if shared else ""
-        if shared.get("unjudged"):
-            races += (
-                f"; {len(shared['unjudged'])} of {shared['programs']} programs not to their end: {clean(shared['unjudged'][0])}"
-            )
-        cells.append([f"`{row['kernel']}`", row["target"], row["modules"], all_, "; ".join([words, *why[:2]]), races])
-    return table(["kernel", "target", "modules", "different", "results", "races with copies"], cells)
+def modules_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each target, and a line for each launch that wasn't equal or judged."""
+    lines, wrong = [], []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        judged = [row for row in rows if row["target"] == target and "failed" not in row]
+        shared = [row.get("shared", {}) for row in judged]
+        for row in rows:
+            if row["target"] == target and (problem := module_problem(row)):
+                wrong.append(f"- **{row['kernel']}, {target}**: {problem}")
+        different = sum(row["verdicts"].get("match", 0) for row in judged)
+        races, without = (sum(x.get(name, 0) for x in shared) for name in ("races", "races_without_waits"))
+        ended = sum(x.get("programs", 0) - len(x.get("unjudged", ())) for x in shared)
+        programs = sum(x.get("programs", 0) for x in shared)
+        modules = max((row["modules"] for row in judged), default=0)
+        lines.append([target, len(judged), modules, different, races, without, f"{ended} of {programs}"])
+    head = ["target", "launches", "modules of each", "different, equal", "pairs", "without waits", "programs to their end"]
+    return "\n".join([table(head, lines), *wrong])
 
 
-def faults_table(rows: list[dict[str, str]]) -> list[str]:
-    tools = {"interpreter": "Triton's interpreter", "ttsem": "ttsem", "compiler": "ahead of time"}
-    return table(
-        ["mistake", *tools.values()],
-        [[x["fault"], *(kind(x[tool]) if tool in x else "not run" for tool in tools)] for x in rows],
-    )
+def module_problem(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return " ".join(row["failed"])[:160]
+    lowered = sum("llvm dialect" in reason for reason in row.get("unjudged", ()))
+    other = sum(row["verdicts"].values()) - lowered - row["verdicts"].get("match", 0)
+    return f"{other} modules not judged or different" if other else ""
 
 
-def kind(verdict: str) -> str:
-    """What a tool said, in a few words."""
-    if not verdict:
-        return "finds nothing"
-    words = {
-        "both touch element": "a race",
-        "past the end": "an access out of bounds",
-        "before the start": "an access out of bounds",
-        "undefined result": "an undefined result",
-        "Unjudged": "can't go on",
-        "the process ended": "crashes",
-        "spills": "spills",
-        "products wait": "products that wait",
-    }
-    found = next((said for sign, said in words.items() if sign in verdict), "values")
-    line = re.search(r"`(\w+\.py:\d+)", verdict)
-    return f"**{found}**" + (f", at {line[1]}" if line else "")
-
-
-def clean(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "/")[:160]
+def faults_found(rows: list[dict[str, str]]) -> str:
+    """What each tool finds, and what it misses."""
+    tools = {"interpreter": "Triton's interpreter", "ttsem": "ttsem", "compiler": "Reading compiled code"}
+    lines = []
+    for tool, name in tools.items():
+        missed = [row["fault"] for row in rows if not row.get(tool)]
+        but = f": not {'; '.join(missed)}" if 0 < len(missed) < len(rows) else ""
+        lines.append(f"- {name} finds {len(rows) - len(missed)} of {len(rows)}{but}.")
+    return "\n".join(lines)
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
-    shown = {"suite": cases_of, "modules": modules_table, "wrapper": cases_of, "faults": faults_table}
-    parts = {stage: "\n".join(show(results[stage])) if stage in results else "Not run." for stage, show in shown.items()}
+    shown = {"suite": cases_of, "modules": modules_table, "wrapper": cases_of, "faults": faults_found}
+    parts = {stage: show(results[stage]) if stage in results else "Not run." for stage, show in shown.items()}
     took = ", ".join(f"{stages} in {seconds / 60:.0f} minutes" for stages, seconds in results["seconds"].items())
     page = folder / "executed.md"
     page.write_text(PAGE.read_text().format(**results["versions"], date=results["date"], took=took, **parts))

@@ -1,4 +1,4 @@
-"""docs/integrating.md's stand-ins for the functions by which TRL and verl compute log-probabilities equal them."""
+"""docs/group-rl.md's stand-ins for the functions by which TRL and verl compute log-probabilities equal them."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ import trl.trainer.utils
 from tests.quietstar.conftest import make_model
 
 ROOT = Path(__file__).parents[2]
-TRL, VERL = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/integrating.md").read_text(), re.MULTILINE | re.DOTALL)
+TRL, VERL = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/group-rl.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
