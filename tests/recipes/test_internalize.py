@@ -117,7 +117,7 @@ def test_positions(tmp_path, keep):
     handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
     config = Config(out=str(tmp_path), keep_position=keep, smoothing=math.inf, **QUICK, **SMALL)
     plan, rows = stages(config, 2), task.sample(60, "train", seeded(0))
-    icot.run_stages(model, task, config, plan, rows, rows[:10], "", False)
+    icot.Stages(model, task, config, plan, rows, rows[:10], "", False).run()
     handle.remove()
     prompt = len(rows[0].prompt_ids)
     trained = positions_of_answers(task, calls[True])
@@ -208,14 +208,6 @@ def test_the_training_loss_is_averaged_within_stages(tmp_path, monkeypatch):
     assert list(speed.curves.values()) == [[[(0.0, 0.0), (10.0, 1 / 9)]], [[(30.0, 0.5)]]]
     assert loss.marks == [100] and loss.curves["loss"][0][0] == (3, 2)
     assert digits.curves == {"internalized": [[(1, 0.6), (2, 0.9)]]}
-
-
-def test_a_gate_keeps_a_stage_until_it_is_learnt(run, monkeypatch):
-    scores = iter([0.0, 0.2, 0.9, 0.1, 0.1, 0.1])
-    original = icot.evaluate
-    monkeypatch.setattr(icot, "evaluate", lambda *args: original(*args) | {"accuracy": next(scores, 0.1)})
-    _, report, _ = run(task=Multiplication(1), gate=0.5, gate_rounds=3, explicit_steps=0)
-    assert [(stage["removed"], stage["steps"]) for stage in report["stages"]] == [(0, 0), (1, 6), (2, 4)]
 
 
 @pytest.mark.parametrize("step, reset", [(2, True), (4, False)])

@@ -24,7 +24,6 @@ from quietstar_recipes.vstar.run import COLUMNS as VSTAR
         (solve.Config, {"lookahead": -1}, "solve: lookahead must be 0 or more, got -1"),
         (solve.Config, {"temperature": 0}, "temperature must be above 0, or all samples are one, got 0"),
         (solve.Config, {"samples": 0}, "solve: samples must be 1 or more, got 0"),
-        (internalize.Config, {"gate": 1.5}, "gate must be from 0 to 1, got 1.5"),
         (internalize.Config, {"remove_all_beyond": -1}, "remove_all_beyond must be None, or 0 or more, got -1"),
         (internalize.Config, {"keep_position": True, "side": "right"}, "side must be left where keep_position is on, got"),
         (score.Config, {"problems": 1, "samples": 1}, "problems must be 2 or more where samples is 1"),

@@ -50,8 +50,7 @@ def train(
         gradient: from the number of finished updates to the figures of the next one, among them "loss"; it calls ``backward``.
         name: begins the message of an error, such as "score".
         rate: the learning rate by the number of finished updates; default the optimizer's.
-        after: called with step, the figures, grad_norm and seconds of each update. It may add figures and end the training by
-            returning True.
+        after: called with step, the figures, grad_norm and seconds of each update, to which it may add figures.
         progress: where figures and state are saved, after every ``save_every`` updates, after the last one and after a signal;
             default nowhere, and signals are left to the caller.
 
@@ -61,8 +60,7 @@ def train(
     """
     with Signals() if progress else nullcontext() as signals:
         state = progress.state if progress else {"step": 0}
-        done = state["step"] >= steps
-        while not done:
+        while state["step"] < steps:
             began, step = time.perf_counter(), state["step"]
             optimizer.zero_grad()
             figures = gradient(step)
@@ -76,11 +74,11 @@ def train(
             optimizer.step()
             state["step"] += 1
             line = {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
-            done = after(line) is True or state["step"] >= steps
+            after(line)
             if progress:
                 progress.metrics.add(line)
                 stopped = signals is not None and signals.caught
-                if stopped or done or state["step"] % save_every == 0:
+                if stopped or state["step"] == steps or state["step"] % save_every == 0:
                     progress.save(module, optimizer)
                 if stopped:
                     raise Interrupted(state["step"], progress.folder)

@@ -35,16 +35,14 @@ class Internalize:
 
     ignored: ClassVar[list] = [
         *TASK,
-        Rule(f"{STEPWISE} compare", lambda o: o.method == "kd", "with --method=kd"),
-        Rule("eval_every", lambda o: o.method == "kd" and not o.gate, "with --method=kd, unless --gate is above 0"),
+        Rule(f"{STEPWISE} compare eval_every", lambda o: o.method == "kd", "with --method=kd"),
         Rule(
             "student_steps emulator_steps coupled_steps coupled_rate components",
             lambda o: o.method != "kd",
             "without --method=kd",
         ),
-        Rule("gate_rounds", lambda o: not o.gate, "without --gate"),
         Rule(
-            "explicit_steps smoothing reset_optimizer side gate gate_rounds",
+            "explicit_steps smoothing reset_optimizer side",
             lambda o: o.method != "kd" and o.remove_all_beyond == 0,
             "with --remove-all-beyond=0",
         ),
