@@ -1,7 +1,6 @@
-"""Methods that teach a model to reason from its own chains of thought, built on ``quietstar``.
+"""Methods that teach a model to reason from its own chains of thought. Experimental: interfaces may change.
 
-A file or a folder per method: ``star``, ``vstar``, ``solve``, ``internalize``, ``score``, ``fast``. Each has a ``Config``,
-whose fields are the command's options, a function of the method's name that runs it, and the command, which pyproject.toml
-registers as an entry point of the group "quietstar.commands". ``common`` holds what several methods share, ``tasks`` the
-problems.
+Each method has a folder: ``star``, ``vstar``, ``solve``, ``internalize``, ``score`` and ``fast``. In it, ``run`` has a
+``Config``, whose fields are the command's options, and a function of the method's name; ``command`` has the command, an entry
+point of the group "quietstar.commands" in pyproject.toml. ``common`` holds what several methods share, ``tasks`` the problems.
 """

@@ -7,8 +7,9 @@ from quietstar.cli.common import table
 from quietstar_recipes import fast, internalize, score, solve, star, vstar
 from quietstar_recipes.common.models import TaskConfig, make_task
 from quietstar_recipes.internalize.command import COLUMNS as INTERNALIZE
-from quietstar_recipes.score.run import COLUMNS as SCORE
-from quietstar_recipes.vstar.run import COLUMNS as VSTAR
+from quietstar_recipes.score.command import COLUMNS as SCORE
+from quietstar_recipes.star.command import COLUMNS as STAR
+from quietstar_recipes.vstar.command import COLUMNS as VSTAR
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_command_says_so_in_one_sentence(capsys, tmp_path, options, code, sent
 
 
 TABLES = {
-    "star": star.COLUMNS,
+    "star": STAR,
     "vstar": VSTAR,
     "score": ("test_problems", *SCORE),
     "internalize": ("test_problems", *INTERNALIZE),

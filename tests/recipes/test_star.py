@@ -8,11 +8,11 @@ import torch
 
 from quietstar.cli import main as cli
 from quietstar.run.resume import Settings
-from quietstar_recipes import star as recipe
 from quietstar_recipes.common import evaluation
 from quietstar_recipes.common.sampling import Completion
 from quietstar_recipes.common.saving import Rounds, load_model
-from quietstar_recipes.star import Config, star
+from quietstar_recipes.star import run as recipe
+from quietstar_recipes.star.run import Config, star
 from quietstar_recipes.tasks import GSM8K, Addition
 from tests.recipes.conftest import json_lines, same, seeded
 
@@ -29,7 +29,7 @@ def scripted(monkeypatch, solver):
     trained = []
 
     def use(own, hinted=lambda row: False):
-        def write(writer, task, config, rows, shown, with_hint, seed):
+        def write(model, task, config, rows, shown, with_hint, seed):
             solves = hinted if with_hint else own
             wrong = task.separator_ids + task.tokenizer("9 9 9")["input_ids"] + [task.end_id]
             return [task.completion_ids(row) if solves(row) else row.cot_ids + wrong for row in rows]
@@ -107,7 +107,8 @@ def test_rationales_that_only_copy_the_hint_are_dropped(solver, tmp_path, monkey
     rows = task.sample(8, "train", seeded(1))
     sound = [(row, task.completion_ids(row)) for row in rows[:4]]
     copied = [(row, row.prompt_ids + task.separator_ids + row.answer_ids + [task.end_id]) for row in rows[4:]]
-    config = Config(out=str(tmp_path), rationale_check=check, least_likelihood=-2.0)
+    monkeypatch.setattr(recipe, "LIKELY", -2.0)
+    config = Config(out=str(tmp_path), rationale_check=check)
     assert recipe.checked_rationales(model, task, config, sound + copied) == sound
     assert asked == ([] if check == "chain" else [[row.prompt_ids for row in rows]])  # without the hint
     config.rationale_check = "no"
@@ -197,10 +198,7 @@ def test_a_round_that_keeps_nothing_loses_nothing(scripted, solver, tmp_path):
     assert not (tmp_path / "run/round-02").exists()
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_few_shot_rows_come_before_every_prompt_or_only_the_first_models_and_are_not_trained_on(
-    scripted, solver, tmp_path, monkeypatch, keep
-):
+def test_few_shot_rows_come_before_every_prompt_and_are_not_trained_on(scripted, solver, tmp_path, monkeypatch):
     model, task = solver
     write = recipe.write
     trained = scripted(is_even)
@@ -219,14 +217,13 @@ def test_few_shot_rows_come_before_every_prompt_or_only_the_first_models_and_are
     monkeypatch.setattr(recipe, "rollout", rollout)
     monkeypatch.setattr(recipe, "measure", measure)
     monkeypatch.setattr(Addition, "check", lambda *_: True)
-    star(model, task, Config(out=str(tmp_path / "run"), shots=2, keep_shots=keep, **{**SMALL, "batch_size": 40}))
+    star(model, task, Config(out=str(tmp_path / "run"), shots=2, **{**SMALL, "batch_size": 40}))
     generator = seeded(recipe.mix_seed(0, 0))
     task.sample(20, "test", generator)
     shown = recipe.example_rows(task, 2, generator)
     before = [x for row in shown for x in row.prompt_ids + task.completion_ids(row)]
-    later = before if keep else []
-    assert len(before) == 20 and measured == [before, later, later]
-    assert [{tuple(ids[:-4]) for ids in several} for several in prompts] == [{tuple(before)}, {tuple(later)}]
+    assert len(before) == 20 and measured == [before] * 3
+    assert [{tuple(ids[:-4]) for ids in several} for several in prompts] == [{tuple(before)}] * 2
     assert {len(prompt) for examples, _, _ in trained for prompt, _ in examples} == {4}
 
 

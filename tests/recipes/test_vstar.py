@@ -151,13 +151,12 @@ def test_the_loss_of_verdicts_and_of_right_solutions(scripts, solver, graded):
     assert float(only_wrong) == pytest.approx(-of_verdicts[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_round_draws_new_samples_of_the_same_problems_or_of_others(solver, tmp_path, fresh):
+def test_a_round_draws_new_samples_of_the_same_problems(solver, tmp_path):
     model, task = solver
-    config = Config(out=str(tmp_path), fresh_problems=fresh, **SMALL)
+    config = Config(out=str(tmp_path), **SMALL)
     first, second = (recipe.draw(model, task, config, number) for number in (1, 2))
     prompts = [[x["prompt"] for x in several] for several in (first, second)]
-    assert (prompts[0] == prompts[1]) is not fresh
+    assert prompts[0] == prompts[1]
     assert [x["ids"] for x in first] != [x["ids"] for x in second]
 
 

@@ -14,27 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.checkpoints import native
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, check_unseen, table
-from quietstar.cli.ignored import DATA, THOUGHTS, Rule
 from quietstar.config import TrainConfig, option
-from quietstar.data.texts import DataConfig, load_data
 from quietstar.evaluation.losses import evaluate, token_losses
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings, tokens_hash
 from quietstar.training import train
 from quietstar_kernels.checks import check_at_least, check_positive
-from quietstar_recipes.common.command import LanguageModel, ResumeRun
 from quietstar_recipes.common.log import LOG
-from quietstar_recipes.common.models import read
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.saving import Count, Rounds, fingerprint, read_report, write_json
 from quietstar_recipes.fast import plain
@@ -262,47 +256,3 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
             Panel("position", "gain, reward; nats", by_name),
         ],
     )
-
-
-@dataclass
-class Fast:
-    """Train with shorter and shorter thoughts, then without any (Fast Quiet-STaR)."""
-
-    data: DataConfig
-    thoughts: ThoughtConfig
-    recipe: Config
-    model: LanguageModel
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    inherits: ClassVar[tuple] = (DataConfig,)
-    ignored: ClassVar[list] = [
-        *DATA,
-        *THOUGHTS,
-        Rule("thought_tokens lookahead", lambda o: True, "here: --curriculum sets it"),
-        Rule("later_rate", lambda o: "," not in o.curriculum, "with a curriculum of one stage"),
-        Rule(
-            "plain_weight plain_temperature clamp_reward",
-            lambda o: o.objective not in ("sampled", "observed"),
-            "unless --objective is sampled or observed",
-        ),
-    ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, tokenizer = read(self.model, self.dtype, self.allow_bin)
-        data = load_data(self.data, tokenizer, max(J for _, J in stages(self.recipe.curriculum)))
-        if description := native.read_description(self.model):
-            check_unseen(self.model, description[1], self.data, data, "leave these options as they were")
-        _, report = fast(
-            model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
-        )
-        print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
-        print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
-        print(table(report["speeds"], ("thought_tokens", "times_plain")))
-        losses = "{base:.4f} of the original model, {start:.4f} before and {plain:.4f} after the last step".format(**report)
-        print(f"held-out loss without thoughts, nats per token: {losses}")
-        if report["plain"] >= report["start"]:
-            print("no update of the model without thoughts lowered its held-out loss, so it is saved as it was before")
-        print(f"saved {Path(self.recipe.out) / MODEL}")

@@ -14,26 +14,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 from transformers import PreTrainedModel
-from tyro.conf import arg
 
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
-from quietstar.cli.ignored import Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive
-from quietstar_recipes.common.command import TASK, ResumeRun
 from quietstar_recipes.common.evaluation import nothing_solved
 from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating
-from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
@@ -283,39 +278,3 @@ def attempt_gradient(model: PreTrainedModel, base: PreTrainedModel, task: Task, 
         "tokens_first": int(tokens[0]),
         "tokens": int(tokens.sum()),
     }
-
-
-COLUMNS = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "revised")
-
-
-@dataclass
-class Score:
-    """Teach a model to correct its own answers, by reinforcement learning (SCoRe)."""
-
-    task: TaskConfig
-    recipe: Config
-    model: Annotated[str, arg(help="hub name or folder of a causal language model that solves some of the problems")]
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    ignored: ClassVar[list] = [
-        *TASK,
-        Rule("two_turn_problems two_turn_rate", lambda o: not o.two_turn_steps, "without --two-turn-steps"),
-        Rule("first_kl", lambda o: not o.first_steps, "with --first-steps=0"),
-        Rule("bonus", lambda o: not o.second_steps, "with --second-steps=0"),
-        Rule("bonus credit", lambda o: o.single_turn, "with --single-turn"),
-    ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        _, report = score(model, task, self.recipe, self.model, bool(self.resume))
-        later = [f"attempt {number}" for number in range(3, self.recipe.attempts + 1)]
-        rows = [
-            {"test_problems": name, **figures, **dict(zip(later, figures["accuracy_by_attempt"][2:], strict=True))}
-            for name, figures in report.items()
-        ]
-        columns = ("test_problems", *COLUMNS, *later)
-        print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, columns)}")
-        print(f"saved {Path(self.recipe.out) / MODEL}")

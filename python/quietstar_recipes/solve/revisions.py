@@ -150,22 +150,20 @@ def train_chain_verifier(
     steps: int,
     sft_config: SFTConfig,
     sampling: Sampling,
-    history: bool = True,
 ) -> PreTrainedModel:
-    """A copy of ``start`` that has learnt from chains of the reviser whether an attempt is right.
+    """A copy of ``start`` that has learnt from chains of the reviser whether an attempt is right, given the earlier ones.
 
     The paper trains this outcome verifier because one that learnt from the first model's solutions judges revisions less well
     (appendix J).
 
     Args:
         attempts: in each row's chain.
-        history: whether it sees an attempt's earlier ones.
     """
     elsewhere = mix_seed(sampling.seed, -6)
     chains = write_chains(reviser, task, rows, [attempts] * len(rows), replace(sampling, seed=elsewhere))
     prompts, solutions = with_history(task, rows, [[task.trimmed(x.ids) for x in chain] for chain in chains])
     learnt = [
-        Valued(i // attempts, prompt if history else row.prompt_ids, ids, [len(ids)], [float(task.check(row, ids))])
+        Valued(i // attempts, prompt, ids, [len(ids)], [float(task.check(row, ids))])
         for i, (prompt, ids) in enumerate(zip(prompts, solutions, strict=True))
         if task.answer(row := rows[i // attempts], ids) is not None
     ]

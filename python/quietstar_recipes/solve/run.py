@@ -11,25 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from tyro.conf import arg
 
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
-from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, selectors
-from quietstar_recipes.common.command import TASK
-from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.saving import save_model, write_json, write_lines
 from quietstar_recipes.common.selectors import Sample, Selector, best, majority, powers_of_two, weighted
-from quietstar_recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar_recipes.common.solutions import Scorer, to_samples
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.solve.budgets import (
     BINS,
@@ -52,7 +47,6 @@ from quietstar_recipes.solve.revisions import revise, train_chain_verifier, trai
 from quietstar_recipes.solve.search import search
 from quietstar_recipes.solve.values import roll_out, train_values, value_scorer, values
 from quietstar_recipes.tasks import Row, Task
-from quietstar_recipes.vstar.verifier import load_verifier
 
 BEST, WEIGHTED = "best of k, process verifier", "weighted vote, process verifier"
 BEAM, LOOKAHEAD = "beam search", "look-ahead search"
@@ -73,8 +67,9 @@ class Config(SFTConfig, Sampling):
     revise_steps: int = option(0, "training steps on revisions of the model's own attempts, before it revises")
     revise_problems: int = option(2000, "training problems for those steps, and for the verifier of chains")
     revise_samples: int = option(64, "solutions of each of them to learn revisions from")
-    judge_steps: int = option(0, "training steps of a verifier of the chains' attempts; 0 scores them as solutions")
-    history: bool = option(True, "whether that verifier sees the earlier attempts")
+    judge_steps: int = option(
+        0, "training steps of a verifier of the chains' attempts, which sees the earlier ones; 0 scores them as solutions"
+    )
     process_steps: int = option(0, "training steps of a process verifier, which leads a search; 0 for none")
     process_problems: int = option(1000, "training problems for those steps")
     process_samples: int = option(16, "solutions of each of them")
@@ -196,9 +191,7 @@ def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | N
             reviser = train_reviser(model, task, rows, config.revise_samples, config.revise_steps, config, config)
         if config.judge_steps:
             attempts = chain_lengths(config)[0]
-            judge = train_chain_verifier(
-                reviser, model, task, rows, attempts, config.judge_steps, config, config, config.history
-            )
+            judge = train_chain_verifier(reviser, model, task, rows, attempts, config.judge_steps, config, config)
     return Models(model, scorer, process, reviser, judge)
 
 
@@ -366,64 +359,3 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             if shown
         ]
     plots.panels(path, f"{report['task']}, {report['problems']} test problems", panels)
-
-
-SFT = "learning_rate warmup weight_decay clip batch_tokens lora_rank lora_targets lora_alpha lora_dropout"
-
-
-def revises(o: Any) -> bool:
-    return bool(o.attempts and (o.revise_steps or o.judge_steps))
-
-
-def trains_process(o: Any) -> bool:
-    return bool(o.process_steps and not o.process_verifier)
-
-
-@dataclass
-class Solve:
-    """Compare uses of more tokens on test problems: votes, best of k, search, revisions."""
-
-    task: TaskConfig
-    recipe: Config
-    model: Annotated[str, arg(help="hub name or folder of a causal language model, such as a round of star or vstar")]
-    verifier: Annotated[str, arg(help="the verifier of a vstar run; default none")] = ""
-    process_verifier: Annotated[str, arg(help="the folder process of another run of solve, instead of training one")] = ""
-    larger: Annotated[str, arg(help="a larger model to compare with, at equal FLOPs; default none")] = ""
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-
-    ignored: ClassVar[list] = [
-        *TASK,
-        Rule("revise_steps judge_steps", lambda o: not o.attempts, "with --attempts=0"),
-        Rule("revise_samples", lambda o: not (o.revise_steps and o.attempts), "without --revise-steps"),
-        Rule("history", lambda o: not (o.judge_steps and o.attempts), "without --judge-steps"),
-        Rule("revise_problems", lambda o: not revises(o), "without --revise-steps or --judge-steps"),
-        Rule("process_steps", lambda o: bool(o.process_verifier), "with --process-verifier"),
-        Rule("process_problems process_samples rollouts", lambda o: not trains_process(o), "without --process-steps"),
-        Rule(
-            "beam_width lookahead",
-            lambda o: not (o.process_steps or o.process_verifier),
-            "without --process-steps or --process-verifier",
-        ),
-        Rule(SFT, lambda o: not (revises(o) or trains_process(o)), "without --revise-steps, --judge-steps or --process-steps"),
-        *LORA,
-    ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
-        scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
-        process = load_verifier(self.process_verifier, self.model, model, task) if self.process_verifier else None
-        larger = load(self.larger, self.task, self.dtype, self.allow_bin) if self.larger else None
-        report = solve(model, task, self.recipe, scorer, process, larger)
-        rows = [{"method": "greedy", **report["greedy"]}]
-        rows += [{"method": "larger model, greedy", **report["larger"]["greedy"]}] if larger else []
-        rows += [{"method": name, **point} for name, points in report["curves"].items() for point in points]
-        print(f"{task.name}, {report['problems']} test problems; budget and tokens are per problem")
-        print(table(rows, ("method", "budget", "tokens", "accuracy", "low", "high")))
-        if chosen := report.get("chosen"):
-            print("chosen on validation problems for the largest budget, and its accuracy on test problems")
-            shown = [{**row, "accuracy": row["accuracy"][row["chosen"]]} for row in chosen]
-            print(table(shown, ("kind", "bins", "difficulty", "problems", "chosen", "accuracy")))
-        print(f"wrote {Path(self.recipe.out) / 'test_time.json'}")

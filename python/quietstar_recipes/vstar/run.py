@@ -11,16 +11,13 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.cli.common import AllowBin, WeightsDtype, cell, check_out_folder, table
-from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
@@ -28,10 +25,8 @@ from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, selectors
-from quietstar_recipes.common.command import MEASURED, TASK, ResumeRun, StartModel, check_start, saved_rounds
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
 from quietstar_recipes.common.log import log_figures
-from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.saving import (
     REPORT,
@@ -60,7 +55,6 @@ class Config(SFTConfig, Sampling, DPO):
     out: str = option("runs/vstar", "folder of the run: round-00 (the start), round-01, ..., verifier", may_differ=True)
     rounds: int = option(3, "how often to draw solutions and train the generator on the right ones", may_differ=True)
     problems: int = option(2000, "training problems to sample solutions of, in each round")
-    fresh_problems: bool = option(False, "draw other problems in each round; the paper keeps to the same ones")
     samples: int = option(16, "solutions of each problem in each round")
     sft_problems: int = option(2000, "problems whose own chains the supervised start learns from")
     sft_steps: int = option(0, "steps of the supervised start; 0 if the model solves problems already")
@@ -158,7 +152,7 @@ def vstar(
 
 def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> list[Solution]:
     """The solutions of a round: of training problems, and of a tenth as many problems that the verifier is only measured on."""
-    generator = torch.Generator().manual_seed(mix_seed(config.seed, number if config.fresh_problems else 1))
+    generator = torch.Generator().manual_seed(mix_seed(config.seed, 1))
     found: list[Solution] = []
     pace = Pace()
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):
@@ -267,33 +261,3 @@ def reliable_points(ks: Sequence[int], curves: Mapping[str, Sequence[float]]) ->
         name: [(k, y) for k, y in zip(ks, values, strict=True) if k <= max(1, ks[-1] // (4 if name in VOTES else 2))]
         for name, values in curves.items()
     }
-
-
-COLUMNS = ("round", "drawn", "drawn_right", "distinct", "steps", *MEASURED)
-
-
-@dataclass
-class VStar:
-    """STaR with a verifier, which learns from right and wrong solutions (V-STaR)."""
-
-    task: TaskConfig
-    recipe: Config
-    model: StartModel = ""
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    ignored: ClassVar[list] = [*TASK, *LORA, Rule("sft_problems", lambda o: not o.sft_steps, "without --sft-steps")]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        check_start(self.model, self.recipe.sft_steps)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        _, _, report = vstar(model, task, self.recipe, self.model, bool(self.resume))
-        print(f"{task.name}\n{table(report['rounds'], COLUMNS)}")
-        verifier = report["verifier"]
-        print(f"verifier: {verifier['pairs']} pairs, {verifier['updates']} updates; AUC on test problems {cell(report['auc'])}")
-        sizes = [str(k) for k in report["k"]]
-        rows = [{"best of k by": name, **dict(zip(sizes, values, strict=True))} for name, values in report["curves"].items()]
-        print(f"accuracy over k\n{table(rows, ['best of k by', *sizes])}")
-        print(f"{saved_rounds(self.recipe.out, report['rounds'])}, and {Path(self.recipe.out) / 'verifier'}")
