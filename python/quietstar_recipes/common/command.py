@@ -43,10 +43,21 @@ class TaskCommand:
         return load(self.model, self.task, self.dtype, self.allow_bin)
 
 
-def check_start(model: str, sft_steps: int) -> None:
-    """Refuse a run that begins with a model which solves nothing."""
-    if not (model or sft_steps):
-        raise ValueError("a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model")
+@dataclass(kw_only=True)
+class StartCommand(TaskCommand):
+    """A command that may start with a small untrained model, and whose run can be continued."""
+
+    model: StartModel = ""
+    resume: ResumeRun = ""
+
+
+class RoundsCommand(StartCommand):
+    """A command of a recipe in rounds, whose first model must solve some problems."""
+
+    def load(self) -> tuple[PreTrainedModel, Task]:
+        if not (self.model or self.recipe.sft_steps):
+            raise ValueError("a model from scratch solves nothing: --sft-steps teaches it the data's chains, or name a --model")
+        return super().load()
 
 
 def saved_rounds(out: str, reports: Sequence[Mapping[str, Any]]) -> str:

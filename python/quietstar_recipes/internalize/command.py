@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from quietstar.cli.common import table
 from quietstar.cli.ignored import Rule
-from quietstar_recipes.common.command import EXPERIMENTAL, TASK, ResumeRun, StartModel, TaskCommand
+from quietstar_recipes.common.command import EXPERIMENTAL, TASK, StartCommand
 from quietstar_recipes.internalize import kd, stepwise
 
 COLUMNS = ("accuracy", "low", "high", "tokens", "tokens_per_second", "problems_per_second")
@@ -18,7 +18,7 @@ STEPWISE = "steps_per_token final_steps smoothing reset_optimizer side remove_al
 
 
 @dataclass(kw_only=True)
-class Internalize(TaskCommand):
+class Internalize(StartCommand):
     """Train a model to answer without writing its chain of thought (ICoT)."""
 
     recipe: Annotated[stepwise.Config, EXPERIMENTAL]
@@ -26,8 +26,6 @@ class Internalize(TaskCommand):
     method: Annotated[
         Literal["stepwise", "kd"], arg(help="stepwise: remove the chain token by token (ICoT-SI); kd: distil it (ICoT-KD)")
     ] = "stepwise"
-    model: StartModel = ""
-    resume: ResumeRun = ""
 
     ignored: ClassVar[list] = [
         *TASK,

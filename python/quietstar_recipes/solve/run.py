@@ -87,31 +87,6 @@ class Config(SFTConfig, Sampling):
         check("solve", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
 
 
-@dataclass(frozen=True)
-class Models:
-    """Who writes and who judges.
-
-    Attributes:
-        scorer: of solutions.
-        process: a process verifier.
-        reviser: writes chains.
-        judge: of the attempts in these, given the earlier ones; without one they are scored as solutions are.
-    """
-
-    model: PreTrainedModel
-    scorer: Scorer | None
-    process: PreTrainedModel | None
-    reviser: PreTrainedModel
-    judge: PreTrainedModel | None
-
-    def any_scorer(self, task: Task, batch_size: int) -> Scorer | None:
-        """The scorer of solutions or, without one, the process verifier's."""
-        return self.scorer or (value_scorer(self.process, task, batch_size) if self.process else None)
-
-
-Tables = dict[str, dict[str, Table]]  # by the kind of method: "parallel", "search", "sequential", and "splits" into chains
-
-
 @alone_in_out(Config)
 def solve(
     model: PreTrainedModel,
@@ -151,8 +126,8 @@ def solve(
     write_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in samples])
     unit = sum(x.tokens for several in samples for x in several) / (len(rows) * config.samples)
     budgets = [k * unit for k in powers_of_two(config.samples)]
-    models = train(model, task, config, scorer, process)
-    kinds, chains = spend_all(models, task, rows, written, config, budgets)
+    methods = make_methods(model, task, config, scorer, process)
+    kinds, chains = methods.spend(rows, written, config, budgets)
     if chains:
         write_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
     tables = {name: table for of_kind in kinds.values() for name, table in of_kind.items()} | {"oracle": oracle(samples, unit)}
@@ -161,7 +136,7 @@ def solve(
     if larger:
         report["larger"], tables[LARGER] = with_larger(model, *larger, config, budgets)
     if valid_rows:
-        report["by_difficulty"], report["chosen"], chosen = choose(models, task, valid_rows, rows, kinds, config, budgets)
+        report["by_difficulty"], report["chosen"], chosen = methods.choose(valid_rows, rows, kinds, config, budgets)
         tables |= chosen
     report["curves"] = {name: curve(table, budgets) for name, table in tables.items()}
     write_json(out / "test_time.json", report)
@@ -180,10 +155,15 @@ def validation_rows(task: Task, config: Config) -> list[Row]:
     return rows
 
 
-def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None) -> Models:
-    """The models that ``config`` asks for."""
+def make_methods(
+    model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None
+) -> Methods:
+    """Train the models that ``config`` asks for; a process verifier is saved in the folder process of ``config.out``."""
     if config.process_steps and process is None:
-        process = train_process_verifier(model, task, config)
+        rows = task.sample(config.process_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -7)))
+        solutions = roll_out(model, task, rows, config.process_samples, config.rollouts, config)
+        process, losses = train_values(model, task, solutions, config.process_steps, config, config.seed)
+        save_model(Path(config.out) / "process", process, task, {"solutions": len(solutions), "held_out_losses": losses})
     reviser, judge = model, None
     if config.attempts and (config.revise_steps or config.judge_steps):
         rows = task.sample(config.revise_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
@@ -192,16 +172,7 @@ def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | N
         if config.judge_steps:
             attempts = chain_lengths(config)[0]
             judge = train_chain_verifier(reviser, model, task, rows, attempts, config.judge_steps, config, config)
-    return Models(model, scorer, process, reviser, judge)
-
-
-def train_process_verifier(model: PreTrainedModel, task: Task, config: Config) -> PreTrainedModel:
-    """A process verifier of the model's solutions, which is saved in the folder process of ``config.out``."""
-    rows = task.sample(config.process_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -7)))
-    solutions = roll_out(model, task, rows, config.process_samples, config.rollouts, config)
-    process, losses = train_values(model, task, solutions, config.process_steps, config, config.seed)
-    save_model(Path(config.out) / "process", process, task, {"solutions": len(solutions), "held_out_losses": losses})
-    return process
+    return Methods(model, task, scorer, process, reviser, judge)
 
 
 def draw(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, scorer: Scorer | None) -> list[list[Sample]]:
@@ -225,73 +196,6 @@ def with_larger(
     costly = [[replace(x, tokens=round(x.tokens * times)) for x in several] for several in samples]
     figures = {"times": times, "greedy": summary(greedy(larger, task, rows, config, times))}
     return figures, side_by_side(costly, budgets, False)["majority"]
-
-
-def choose(
-    models: Models,
-    task: Task,
-    valid_rows: Sequence[Row],
-    rows: Sequence[Row],
-    kinds: Tables,
-    config: Config,
-    budgets: Sequence[float],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Table]]:
-    """All methods by difficulty; and for searches and for splits into chains, what ``compute_optimal`` returns."""
-    elsewhere = replace(config, seed=mix_seed(config.seed, -3))
-    tried, _ = spend_all(models, task, valid_rows, write(models.model, task, valid_rows, elsewhere), elsewhere, budgets)
-    # Other samples than those that are spent, which would already know how they end.
-    scorer = models.any_scorer(task, config.batch_size)
-    again = replace(config, seed=mix_seed(config.seed, -5))
-    valid, test = (draw(models.model, task, several, again, scorer) for several in (valid_rows, rows))
-    found: dict[str, Table] = {}
-    chosen = []
-    for kind in ("search", "splits"):
-        if kind in kinds:
-            tables, of_kind = compute_optimal(valid, test, tried[kind], kinds[kind])
-            found |= {f"{name}, {kind}": table for name, table in tables.items()}
-            chosen += [{"kind": kind, **row} for row in of_kind]
-    everything = {name: table for of_kind in kinds.values() for name, table in of_kind.items()}
-    return by_difficulty(valid, test, everything | found), chosen, found
-
-
-def spend_all(
-    models: Models,
-    task: Task,
-    rows: Sequence[Row],
-    written: Sequence[Sequence[Completion]],
-    config: Config,
-    budgets: Sequence[float],
-) -> tuple[Tables, Chains]:
-    """Solve these rows in all ways that the models allow.
-
-    Args:
-        written: N solutions of each row, for the methods that only choose.
-        budgets: for about 1, 2, 4, ... N solutions.
-
-    Returns:
-        What each budget buys, and the chains.
-    """
-    samples = to_samples(task, rows, written, models.scorer)
-    tables = {"parallel": side_by_side(samples, budgets, models.scorer is not None)}
-    if models.process:
-        tables["search"] = searched(models.model, models.process, task, rows, written, config, budgets)
-    if not config.attempts:
-        return tables, []
-    until = chain_lengths(config)
-    scorer = models.any_scorer(task, config.batch_size)
-    chains = revise(models.reviser, task, rows, until, config, scorer, models.judge)
-    scored = bool(scorer or models.judge)
-    picks: dict[str, ChainSelector] = {"majority": from_all(majority), "last": lambda some: some[-1][-1]}
-    picks |= {"verifier": selectors.hierarchical} if scored else {}
-    longest = [split(problem, until[0]) for problem in chains]
-    tables["sequential"] = {f"sequential, {name}": measure(longest, pick, budgets) for name, pick in picks.items()}
-    if config.valid_problems:
-        pick = picks.get("verifier", picks["majority"])
-        tables["splits"] = {
-            f"chains of {length}": measure([split(problem, length) for problem in chains], pick, budgets)
-            for length in powers_of_two(until[0])
-        }
-    return tables, chains
 
 
 def write(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config) -> list[list[Completion]]:
@@ -339,6 +243,80 @@ def searched(
             }
             tables[name] = [[Spent(weighted(x.samples).right, x.tokens) for x in runs[N]] for N in sizes]
     return tables
+
+
+Tables = dict[str, dict[str, Table]]  # by the kind of method: "parallel", "search", "sequential", and "splits" into chains
+
+
+@dataclass(frozen=True)
+class Methods:
+    """All ways to solve problems that the models allow.
+
+    Attributes:
+        scorer: of solutions.
+        process: a process verifier.
+        reviser: writes chains.
+        judge: of the attempts in these, given the earlier ones; without one they are scored as solutions are.
+    """
+
+    model: PreTrainedModel
+    task: Task
+    scorer: Scorer | None
+    process: PreTrainedModel | None
+    reviser: PreTrainedModel
+    judge: PreTrainedModel | None
+
+    def any_scorer(self, config: Config) -> Scorer | None:
+        """The scorer of solutions or, without one, the process verifier's."""
+        return self.scorer or (value_scorer(self.process, self.task, config.batch_size) if self.process else None)
+
+    def spend(
+        self, rows: Sequence[Row], written: Sequence[Sequence[Completion]], config: Config, budgets: Sequence[float]
+    ) -> tuple[Tables, Chains]:
+        """Solve these rows in all ways; returns what each budget buys, and the chains.
+
+        Args:
+            written: N solutions of each row, for the methods that only choose.
+            budgets: for about 1, 2, 4, ... N solutions.
+        """
+        samples = to_samples(self.task, rows, written, self.scorer)
+        tables = {"parallel": side_by_side(samples, budgets, self.scorer is not None)}
+        if self.process:
+            tables["search"] = searched(self.model, self.process, self.task, rows, written, config, budgets)
+        if not config.attempts:
+            return tables, []
+        until, scorer = chain_lengths(config), self.any_scorer(config)
+        chains = revise(self.reviser, self.task, rows, until, config, scorer, self.judge)
+        picks: dict[str, ChainSelector] = {"majority": from_all(majority), "last": lambda some: some[-1][-1]}
+        picks |= {"verifier": selectors.hierarchical} if scorer or self.judge else {}
+        longest = [split(problem, until[0]) for problem in chains]
+        tables["sequential"] = {f"sequential, {name}": measure(longest, pick, budgets) for name, pick in picks.items()}
+        if config.valid_problems:
+            pick = picks.get("verifier", picks["majority"])
+            tables["splits"] = {
+                f"chains of {length}": measure([split(problem, length) for problem in chains], pick, budgets)
+                for length in powers_of_two(until[0])
+            }
+        return tables, chains
+
+    def choose(
+        self, valid_rows: Sequence[Row], rows: Sequence[Row], kinds: Tables, config: Config, budgets: Sequence[float]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Table]]:
+        """All methods by difficulty; and for searches and for splits into chains, what ``compute_optimal`` returns."""
+        elsewhere = replace(config, seed=mix_seed(config.seed, -3))
+        tried, _ = self.spend(valid_rows, write(self.model, self.task, valid_rows, elsewhere), elsewhere, budgets)
+        # Other samples than those that are spent, which would already know how they end.
+        again, scorer = replace(config, seed=mix_seed(config.seed, -5)), self.any_scorer(config)
+        valid, test = (draw(self.model, self.task, several, again, scorer) for several in (valid_rows, rows))
+        found: dict[str, Table] = {}
+        chosen = []
+        for kind in ("search", "splits"):
+            if kind in kinds:
+                tables, of_kind = compute_optimal(valid, test, tried[kind], kinds[kind])
+                found |= {f"{name}, {kind}": table for name, table in tables.items()}
+                chosen += [{"kind": kind, **row} for row in of_kind]
+        everything = {name: table for of_kind in kinds.values() for name, table in of_kind.items()}
+        return by_difficulty(valid, test, everything | found), chosen, found
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

@@ -7,28 +7,17 @@ from typing import Annotated, ClassVar
 
 from quietstar.cli.common import table
 from quietstar.cli.ignored import LORA, Rule
-from quietstar_recipes.common.command import (
-    EXPERIMENTAL,
-    MEASURED,
-    TASK,
-    ResumeRun,
-    StartModel,
-    TaskCommand,
-    check_start,
-    saved_rounds,
-)
+from quietstar_recipes.common.command import EXPERIMENTAL, MEASURED, TASK, RoundsCommand, saved_rounds
 from quietstar_recipes.star.run import Config, star
 
 COLUMNS = ("round", "tried", "kept", "rationalised", *MEASURED)
 
 
 @dataclass(kw_only=True)
-class Star(TaskCommand):
+class Star(RoundsCommand):
     """Train a model on its own chains of thought that lead to right answers (STaR)."""
 
     recipe: Annotated[Config, EXPERIMENTAL]
-    model: StartModel = ""
-    resume: ResumeRun = ""
 
     ignored: ClassVar[list] = [
         *TASK,
@@ -40,7 +29,6 @@ class Star(TaskCommand):
     ]
 
     def run(self) -> None:
-        check_start(self.model, self.recipe.sft_steps)
         model, task = self.load()
         _, reports = star(model, task, self.recipe, self.model, bool(self.resume))
         print(f"{task.name}\n{table(reports, COLUMNS)}\n{saved_rounds(self.recipe.out, reports)}")

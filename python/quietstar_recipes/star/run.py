@@ -19,12 +19,11 @@ from transformers import PreTrainedModel
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
-from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.evaluation import measure, nothing_solved, share_of_right_chains
-from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import likelihoods
+from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
 from quietstar_recipes.common.sampling import Sampling, rollout
 from quietstar_recipes.common.saving import Rounds, hashes, load_model
 from quietstar_recipes.common.training import Example, SFTConfig, sft
@@ -137,9 +136,7 @@ def star(
 
 def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generator: torch.Generator) -> None:
     """Supervised training on the data's chains, some with the hint: a start for models that don't follow examples."""
-    rows = task.sample_with_chain(config.problems, generator)
-    if not rows:
-        raise ValueError("star: sft_steps needs problems with chains, but the data have none")
+    rows = rows_with_chains(task, config.problems, generator, "star")
     hinted = torch.rand(len(rows), generator=generator) < config.hint_share
     examples = [
         (row.hinted_ids if hint else row.prompt_ids, task.completion_ids(row))
@@ -167,11 +164,7 @@ def collect(
     """Chains for the problems of a round, and counts of what was kept."""
     rows = task.sample(config.problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, number)))
     kept: list[KeptChain] = []
-    pace = Pace()
-    for start in range(0, len(rows), config.batch_size):
-        if pace.due():
-            log_figures(config.out, {"round": number, "tried": start, "kept": len(kept)})
-        batch = rows[start : start + config.batch_size]
+    for start, batch in batches_of_round(rows, config, number, kept.__len__):
         seed = mix_seed(mix_seed(config.seed, number), start)
         written = write(model, task, config, batch, shown, False, seed)
         solved = [not config.filter or task.check(row, ids) for row, ids in zip(batch, written, strict=True)]
@@ -187,10 +180,7 @@ def collect(
         raise ValueError(f"star: round {number} solved none of {len(rows)} problems; the rounds before it are in {config.out}")
     own, hinted = ([(x.row, x.ids) for x in kept if x.hinted == flag] for flag in (False, True))
     return kept, {
-        "tried": len(rows),
-        "kept": len(own),
-        "rationalised": len(hinted),
-        "failed": len(rows) - len(kept),
+        **{"tried": len(rows), "kept": len(own), "rationalised": len(hinted), "failed": len(rows) - len(kept)},
         "kept_chain_right": share_of_right_chains(task, own),
         "rationalised_chain_right": share_of_right_chains(task, hinted),
     }

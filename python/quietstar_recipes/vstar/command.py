@@ -8,33 +8,21 @@ from typing import Annotated, ClassVar
 
 from quietstar.cli.common import cell, table
 from quietstar.cli.ignored import LORA, Rule
-from quietstar_recipes.common.command import (
-    EXPERIMENTAL,
-    MEASURED,
-    TASK,
-    ResumeRun,
-    StartModel,
-    TaskCommand,
-    check_start,
-    saved_rounds,
-)
+from quietstar_recipes.common.command import EXPERIMENTAL, MEASURED, TASK, RoundsCommand, saved_rounds
 from quietstar_recipes.vstar.run import Config, vstar
 
 COLUMNS = ("round", "drawn", "drawn_right", "distinct", "steps", *MEASURED)
 
 
 @dataclass(kw_only=True)
-class VStar(TaskCommand):
+class VStar(RoundsCommand):
     """STaR with a verifier, which learns from right and wrong solutions (V-STaR)."""
 
     recipe: Annotated[Config, EXPERIMENTAL]
-    model: StartModel = ""
-    resume: ResumeRun = ""
 
     ignored: ClassVar[list] = [*TASK, *LORA, Rule("sft_problems", lambda o: not o.sft_steps, "without --sft-steps")]
 
     def run(self) -> None:
-        check_start(self.model, self.recipe.sft_steps)
         model, task = self.load()
         _, _, report = vstar(model, task, self.recipe, self.model, bool(self.resume))
         print(f"{task.name}\n{table(report['rounds'], COLUMNS)}")

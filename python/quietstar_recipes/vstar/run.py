@@ -21,12 +21,11 @@ from transformers import PreTrainedModel
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
-from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, selectors
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
-from quietstar_recipes.common.log import log_figures
+from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.saving import (
     REPORT,
@@ -107,12 +106,8 @@ def vstar(
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -2)))
-    rows = task.sample_with_chain(config.sft_problems, generator) if config.sft_steps else []
-    own: list[Solution] = [
-        {"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows
-    ]
-    if config.sft_steps and not own:
-        raise ValueError("vstar: sft_steps needs problems with chains, but the data have none")
+    rows = rows_with_chains(task, config.sft_problems, generator, "vstar") if config.sft_steps else []
+    own = [Solution(prompt=row.prompt_ids, ids=task.completion_ids(row), right=True, split="train") for row in rows]
     base = fingerprint(model)
     if run.done < 0:
         start = sft(copy.deepcopy(model), right_solutions(own), config.sft_steps, config, config.seed) if own else model
@@ -154,13 +149,13 @@ def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> lis
     """The solutions of a round: of training problems, and of a tenth as many problems that the verifier is only measured on."""
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 1))
     found: list[Solution] = []
-    pace = Pace()
+
+    def right_so_far() -> int:
+        return sum(x["right"] for x in found)
+
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):
         rows = task.sample(count, split, generator)
-        for start in range(0, len(rows), config.batch_size):
-            if pace.due():
-                log_figures(config.out, {"round": number, "tried": start, "kept": sum(x["right"] for x in found)})
-            batch = rows[start : start + config.batch_size]
+        for _, batch in batches_of_round(rows, config, number, right_so_far):
             seed = mix_seed(mix_seed(config.seed, number), len(found))
             written = rollout(model, task, [row.prompt_ids for row in batch], config.samples, seed=seed, **config.sampling)
             graded = [
