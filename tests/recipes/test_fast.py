@@ -48,9 +48,6 @@ def run(tiny, tmp_path, monkeypatch):
 def test_the_curriculum_is_parsed():
     assert stages(Config().curriculum) == [(13, 8), (9, 4), (5, 4)]
     assert stages("8-4, 4-4") == [(8, 4), (4, 4)]
-    for wrong, message in (("4-2,5-2", "must not have thoughts that grow longer"), ("4,2", "must be stages like 13-8,9-4,5-4")):
-        with pytest.raises(ValueError, match=message):
-            Config(curriculum=wrong)
 
 
 def test_the_plain_model_takes_twice_the_steps_of_a_stage_unless_asked_otherwise():

@@ -34,7 +34,11 @@ from quietstar_recipes.vstar.command import COLUMNS as VSTAR
         (fast.Config, {"plain_steps": 0}, "plain_steps must be None, or 1 or more, got 0"),
         (fast.Config, {"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),
         (fast.Config, {"objective": "imitate"}, "objective must be"),
-        *((fast.Config, {"curriculum": x}, "curriculum must") for x in ("", "8", "8-4-2", "8-x", "0-4", "8-4,,4", "8-4,12-4")),
+        (fast.Config, {"curriculum": "8-4,12-4"}, "curriculum must not have thoughts that grow longer"),
+        *(
+            (fast.Config, {"curriculum": x}, "curriculum must be stages like")
+            for x in ("", "8", "8-4-2", "8-x", "0-4", "8-4,,4")
+        ),
     ],
 )
 def test_bad_options(kind, changes, message):
