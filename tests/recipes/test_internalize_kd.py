@@ -208,7 +208,7 @@ def test_a_run_and_what_it_saves(run, tmp_path):
     assert json.loads((tmp_path / "run" / "kd.json").read_text())["emulation"] == report["emulation"]
     assert (tmp_path / "run" / "kd.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "run" / "pair" / "states.safetensors").unlink()
-    with pytest.raises(ValueError, match="no emulator and student load from there"):
+    with pytest.raises(ValueError, match="could not load the emulator and student"):
         Pair.from_pretrained(tmp_path / "run" / "pair")
 
 

@@ -18,7 +18,7 @@ from quietstar.run.metrics import Pace
 from quietstar_kernels.checks import check, check_at_least
 from quietstar_recipes.common.branches import sharing_prompts
 from quietstar_recipes.common.log import LOG
-from quietstar_recipes.common.logprobs import check_length, evaluating, padded, positions
+from quietstar_recipes.common.logprobs import check_length, cuda_devices, evaluating, padded, positions
 from quietstar_recipes.tasks import Task
 
 
@@ -81,6 +81,7 @@ def rollout(
     check_length(model, max(map(len, prompts), default=0) + max_new + shift)
     task.ends = {task.end_id, *end_ids(task.tokenizer, model)}
     stops = {*task.ends, *ends}
+    # Long prompts first, so that those of a batch need little padding.
     rows = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: -len(prompts[i]))
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if options["do_sample"]:
@@ -88,9 +89,8 @@ def rollout(
     if task.stop:
         options |= {"stop_strings": list(task.stop), "tokenizer": task.tokenizer}
     found: list[list[Completion]] = [[] for _ in prompts]
-    cuda = [model.device] if model.device.type == "cuda" else []
     pace = Pace()
-    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda):
+    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda_devices(model)):
         for start in range(0, len(rows), batch_size):
             if pace.due():
                 LOG.info("sampling: %s of %s completions", f"{start:,}", f"{len(rows):,}")
@@ -99,6 +99,7 @@ def rollout(
             begun = [prompts[i] for i in chosen]
             ids, mask = (x.to(model.device) for x in padded(begun, left=True, fill=task.end_id))
             recorder = Recorder()
+            # What is generated after the last token that ends a row is dropped below.
             with sharing_prompts(model, begun, max_new):
                 out = cast(Any, model).generate(
                     ids,
@@ -121,7 +122,7 @@ class Recorder(LogitsProcessor):
     """Records the log-probability of each token that ``generate`` chooses, without keeping all logits."""
 
     def __init__(self) -> None:
-        self.before: Tensor | None = None
+        self.before: Tensor | None = None  # log-probabilities [R,V] of the next token
         self.chosen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]

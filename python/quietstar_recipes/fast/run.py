@@ -51,7 +51,7 @@ class Chosen(msgspec.Struct):
 
 
 @dataclass
-class Config(plain.Config):
+class Config(plain.PlainConfig):
     """The options of the curriculum and of the plain model; defaults are those of the published code.
 
     Its script (huangwei200012/Fast-Quiet-STaR, run_sh/fast_quiet_star_mistral.sh) has the stages 16-8, 12-4 and 8-4. The first
@@ -128,15 +128,18 @@ def fast(
     inputs = {"the data": tokens_hash([*data, *held_out]), f"the model {name}".rstrip(): fingerprint(model)}
     Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data), inputs=inputs), resume)
     report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
+    # 1. Each stage goes on from the best checkpoint of the one before, with shorter thoughts.
     qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
     for number, (T, J) in enumerate(stages(config.curriculum)):
         qs.use_config(replace(thoughts, thought_tokens=T, lookahead=J))
         folder = Path(config.out) / f"stage-{number + 1}-{T}-{J}"
         report["stages"].append(run_stage(qs, data, held_out, config, folder, number, score))
         qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
+    # 2. The plain model learns from the last stage's.
     before = plain.initial(model, qs, config)
     report["start"] = plain.loss(before, held_out, config.batch_size)
     student, report["plain"] = plain.train_plain(copy.deepcopy(before), qs, data, held_out, config)
+    # 3. Where thoughts help, and what they cost.
     report["positions"] = by_position(before, student, qs, held_out, config)
     report["speeds"] = speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
     write_json(Path(config.out) / f"{NAME}.json", report)

@@ -97,7 +97,7 @@ def diagonal(hidden_states: tuple[Tensor, ...], first: Tensor, last: Tensor) -> 
 def writing(model: PreTrainedModel, place: int, state: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """In this context, the input of layer l at column ``place`` is ``state(l, its previous value)``, [B,D].
 
-    Cached decoding, one token at a time, is left alone.
+    Decoding with a cache, one token at a time, is left as it is.
     """
 
     def before(l: int) -> Callable[..., Any]:
@@ -233,7 +233,7 @@ class Pair(nn.Module):
             pair = cls(Emulator(emulator, len(own["emulator.mixture.weight"])), Student(student))
             missing = [key for key in pair.load_state_dict(own, strict=False).missing_keys if ".model." not in key]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder}: no emulator and student load from there: {reason_of(error)}") from error
+            raise ValueError(f"{folder}: could not load the emulator and student: {reason_of(error)}") from error
         if missing:
             raise ValueError(f"{folder}: {STATES} lacks {missing[0]}")
         return pair.eval()
@@ -269,6 +269,7 @@ def distill(
         ValueError: as ``internalize.internalize``; a model whose layers can't be found.
         Interrupted: after a signal, once everything is saved.
     """
+    # 1. Problems, and three models of the same weights.
     config, kd = config or icot.Config(), kd or Config()
     generator = torch.Generator().manual_seed(config.seed)
     training, test = (task.sample(n, split, generator) for n, split in ((config.rows, "train"), (config.held_out, "test")))
@@ -279,6 +280,7 @@ def distill(
         torch.manual_seed(config.seed)  # for the new weights that pass the states on
         pair = Pair(Emulator(copy.deepcopy(model), kd.components), Student(copy.deepcopy(model)))
 
+    # 2. The phases, each followed by what it reaches on test problems.
     phases = Phases(teacher, pair, task, config, kd, training, settings, resume)
     report: dict[str, Any] = {}
 
@@ -298,6 +300,7 @@ def distill(
         report["emulation"] = (phases.emulated(test) - shown).square().mean((0, 2)).tolist()
     phases.train(COUPLED, pair, kd.coupled_steps, phases.coupled_loss)
     measured("internalized", kd.coupled_steps, evaluate(pair, task, test))
+    # 3. What is left at the end.
     pair.save_pretrained(Path(config.out) / PAIR, task)
     write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, task.name)

@@ -79,7 +79,7 @@ class Config:
         check("internalize", self, "side", not kept, "left where keep_position is on")
 
 
-class Figures(msgspec.Struct):
+class AnswerFigures(msgspec.Struct):
     """What ``figures`` returns and a plot shows."""
 
     accuracy: float
@@ -89,7 +89,9 @@ class Figures(msgspec.Struct):
     tokens_per_second: float
 
 
-class StageFigures(Figures, kw_only=True):
+class StageFigures(AnswerFigures, kw_only=True):
+    """The same of a finished stage."""
+
     removed: Count
     steps: Count
 
@@ -106,7 +108,7 @@ class RunState(State):
 
     stage: Count
     done: Count
-    best: Figures | None
+    best: AnswerFigures | None
     lines: list[StageFigures]
     chainless: bool
 
@@ -201,6 +203,7 @@ def internalize(
     run.run()
     report: dict[str, Any] = {"stages": run.state["lines"], "training": losses(run.progress.metrics.lines)}
 
+    # The control, and all models on test problems.
     out = Path(config.out)
     folders = {"full chain": (out / STAGES / "removed-000", 0), "internalized": (out / MODEL, longest)}
     if fresh is not None:

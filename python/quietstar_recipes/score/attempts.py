@@ -216,7 +216,7 @@ def reaching(samples: Sequence[Sample], budget: int) -> Sequence[Sample]:
     return samples[:count]
 
 
-class Figures(msgspec.Struct):
+class AttemptFigures(msgspec.Struct):
     """What a report has about a model, and a plot shows."""
 
     problems: Annotated[int, msgspec.Meta(ge=1)]

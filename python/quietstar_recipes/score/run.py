@@ -33,7 +33,7 @@ from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
-from quietstar_recipes.score.attempts import Figures, accuracy_by_attempt, attempt, plot, votes
+from quietstar_recipes.score.attempts import AttemptFigures, accuracy_by_attempt, attempt, plot, votes
 from quietstar_recipes.score.objective import Objective, advantages, by_turn, log_ratios, logprob_and_divergence, loss
 from quietstar_recipes.tasks import Row, Task
 
@@ -106,7 +106,7 @@ class RunState(State):
     """Where a run is, the best checkpoint of the stage, and the figures of the base model and of each finished stage."""
 
     best: Checkpoint | None
-    report: dict[str, Figures]
+    report: dict[str, AttemptFigures]
 
 
 @alone_in_out(Config)
@@ -141,6 +141,7 @@ def score(
         Interrupted: after a signal, once everything is saved.
     """
     config = config or Config()
+    # 1. The start: a model that makes second attempts, a copy that stays as it is, and the optimizer.
     settings = Settings.of(config, recipe="score", model=name, task=task.name, inputs=hashes(task, model, name))
     progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, RunState)
     if config.two_turn_steps and not progress.begun:
@@ -150,6 +151,7 @@ def score(
     reference = copy.deepcopy(base or start).eval().requires_grad_(False)
     state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
     progress.load(model, optimizer)
+    # 2. What is measured when, and the stages up to there.
     test = task.sample(config.held_out, "test", torch.Generator().manual_seed(config.seed))
     total = config.first_steps + config.second_steps
     ends = {"base": 0, "stage I": config.first_steps or None, "stage II": total if config.second_steps else None}
@@ -162,9 +164,9 @@ def score(
         for end, step in ends.items():
             if step is None or step < state["step"]:
                 continue
-            options: dict[str, Any] = {"name": "score", "clip": config.clip, "save_every": config.save_every}
             gradient = partial(attempt_gradient, model, reference, task, config)
-            train(model, optimizer, step, gradient, after=after, progress=progress, **options)
+            options: dict[str, Any] = {"clip": config.clip, "progress": progress, "save_every": config.save_every}
+            train(model, optimizer, step, gradient, name="score", after=after, **options)
             if state["best"]:
                 model.load_state_dict(load_model(Path(config.out) / BEST, model).state_dict())
             if end not in state["report"]:
@@ -177,6 +179,7 @@ def score(
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])
                 progress.save(model, optimizer)  # before stage II overwrites the best checkpoint
+    # 3. What is left at the end.
     save_model(Path(config.out) / MODEL, model, task, state["report"])
     progress.save(model, optimizer)
     write_json(Path(config.out) / REPORT, state["report"])

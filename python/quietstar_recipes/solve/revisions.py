@@ -20,8 +20,6 @@ from quietstar_recipes.solve.budgets import Chains
 from quietstar_recipes.solve.values import Valued, train_values, values
 from quietstar_recipes.tasks import Row, Task
 
-Attempts = list[list[list[int]]]  # ids of the attempts of each chain
-
 
 def revise(
     model: PreTrainedModel,
@@ -64,8 +62,8 @@ def write_chains(
     return chains
 
 
-def with_history(task: Task, owners: Sequence[Row], chains: Attempts) -> tuple[list[list[int]], list[list[int]]]:
-    """For each attempt of all chains, the prompt that it was written after, and its ids."""
+def with_history(task: Task, owners: Sequence[Row], chains: list[list[list[int]]]) -> tuple[list[list[int]], list[list[int]]]:
+    """For each attempt of all chains, which are ids, the prompt that it was written after, and its own ids."""
     pairs = [
         (revision_prompt(task, row, chain[:number]), ids)
         for row, chain in zip(owners, chains, strict=True)

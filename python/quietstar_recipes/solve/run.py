@@ -116,6 +116,7 @@ def solve(
     Raises:
         ValueError: no solution has an answer that can be read, or there are too few validation problems.
     """
+    # 1. N solutions of each problem, whose mean length is the unit of the budgets.
     rows = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(config.seed, 0)))
     valid_rows = validation_rows(task, config)
     written = write(model, task, rows, config)
@@ -126,11 +127,13 @@ def solve(
     write_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in samples])
     unit = sum(x.tokens for several in samples for x in several) / (len(rows) * config.samples)
     budgets = [k * unit for k in powers_of_two(config.samples)]
+    # 2. The other models, and what each way of spending the budgets reaches.
     methods = make_methods(model, task, config, scorer, process)
     kinds, chains = methods.spend(rows, written, config, budgets)
     if chains:
         write_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
     tables = {name: table for of_kind in kinds.values() for name, table in of_kind.items()} | {"oracle": oracle(samples, unit)}
+    # 3. The report, with a larger model and with ways chosen by difficulty where these are wanted.
     report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
     report["greedy"] = summary(greedy(model, task, rows, config))
     if larger:

@@ -105,6 +105,7 @@ def star(
         ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, a round that
             keeps nothing, or a run in ``config.out`` that has other settings or was not to be resumed.
     """
+    # 1. The problems to measure on, and those to show.
     run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name, inputs=hashes(task)), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
@@ -114,11 +115,13 @@ def star(
     def measured(model: PreTrainedModel) -> dict[str, Any]:
         return measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, few_shot))
 
+    # 2. The start.
     if run.done < 0:
         began = time.perf_counter()
         if config.sft_steps:
             start_on_chains(model, task, config, generator)
         run.save(0, model, task, {"round": 0, **measured(model), "seconds": time.perf_counter() - began})
+    # 3. Each round collects chains by the model before it, and trains on them the first model, or the latest one.
     current = load_model(run.folder(run.done), model)
     for number in range(run.done + 1, config.rounds + 1):
         began = time.perf_counter()

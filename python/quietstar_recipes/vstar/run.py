@@ -102,12 +102,14 @@ def vstar(
         ValueError: no chains for the supervised start, no right solution in the first batch or in a round, no problem with both
             right and wrong solutions, or a run in ``config.out`` that has other settings or was not to be resumed.
     """
+    # 1. The problems, and the solutions that the data have.
     run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name, inputs=hashes(task)), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -2)))
     rows = rows_with_chains(task, config.sft_problems, generator, "vstar") if config.sft_steps else []
     own = [Solution(prompt=row.prompt_ids, ids=task.completion_ids(row), right=True, split="train") for row in rows]
+    # 2. The start, and the rounds that the run lacks.
     base = fingerprint(model)
     if run.done < 0:
         start = sft(copy.deepcopy(model), right_solutions(own), config.sft_steps, config, config.seed) if own else model
@@ -130,12 +132,14 @@ def vstar(
         figures = {"steps": config.steps, **measure(current, task, test, valid, config.max_new, config.batch_size)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
+    # 3. The verifier, which learns from the solutions of all rounds, and what it chooses from those of the last generator.
     last = load_model(run.folder(config.rounds), model)
     solutions = [x for number in range(1, config.rounds + 1) for x in run.rows(number, "solutions", Solution)]
     verifier, learnt = train_or_load_verifier(run, model, task, config, solutions + own)
     written = write(last, task, test, config)
     found = compare(written, verifier, load_model(run.folder(0), model), task, test, config)
     learnt["accuracy"] = evaluate(verifier, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
+    # 4. The report and its plot.
     report = {"rounds": run.reports(), "verifier": learnt, **found}
     write_json(run.out / "vstar.json", report)
     title = f"{task.name}, {len(test)} test problems"
