@@ -133,7 +133,7 @@ def of_rounds(values):
     """In place of ``measure``: the accuracies (validation, test) of one round after the other."""
     left = iter(values)
 
-    def measure(*_):
+    def measure(*_, **__):
         valid, accuracy = next(left)
         return {"accuracy": accuracy, "valid_accuracy": valid}
 
@@ -189,7 +189,7 @@ def test_few_shot_rows_come_before_every_prompt_and_are_not_trained_on(scripted,
         row = task.sample(1, "train", seeded(0))[0]
         return [[Completion(task.completion_ids(row), [0.0])] for _ in several]
 
-    def measure(model, task, test, valid, max_new, batch_size, before):
+    def measure(model, task, test, valid, config, before):
         measured.append(before)
         return {"accuracy": 0.5, "valid_accuracy": 0.5}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -111,9 +112,7 @@ def star(
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
     few_shot = example_rows(task, config.shots, generator)
-
-    def measured(model: PreTrainedModel) -> dict[str, Any]:
-        return measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, few_shot))
+    measured = partial(measure, task=task, test=test, valid=valid, config=config, before=few_shot_ids(task, few_shot))
 
     # 2. The start.
     if run.done < 0:

@@ -23,21 +23,11 @@ from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_types
-from quietstar_recipes.common import plots, selectors
+from quietstar_recipes.common import plots, saving, selectors
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
 from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
-from quietstar_recipes.common.saving import (
-    REPORT,
-    Count,
-    Rounds,
-    fingerprint,
-    hashes,
-    load_model,
-    read_report,
-    save_model,
-    write_json,
-)
+from quietstar_recipes.common.saving import Count, Rounds, fingerprint, hashes, load_model
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
 from quietstar_recipes.common.training import Example, SFTConfig, sft
@@ -113,7 +103,7 @@ def vstar(
     base = fingerprint(model)
     if run.done < 0:
         start = sft(copy.deepcopy(model), right_solutions(own), config.sft_steps, config, config.seed) if own else model
-        figures = measure(start, task, test, valid, config.max_new, config.batch_size)
+        figures = measure(start, task, test, valid, config)
         run.save(0, start, task, {"round": 0, "base": base, **figures}, solutions=[])
     elif run.report(0)["base"] != base:
         raise ValueError(f"{config.out}: the run there started with another model")
@@ -129,7 +119,7 @@ def vstar(
         current = sft(copy.deepcopy(model), examples, config.steps, config, seed, run.log("vstar", number))
         counts = {"drawn": len(solutions), "drawn_right": sum(x["right"] for x in solutions)}
         counts["distinct"] = len({(*prompt, *ids) for prompt, ids in right})
-        figures = {"steps": config.steps, **measure(current, task, test, valid, config.max_new, config.batch_size)}
+        figures = {"steps": config.steps, **measure(current, task, test, valid, config)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
     # 3. The verifier, which learns from the solutions of all rounds, and what it chooses from those of the last generator.
@@ -141,7 +131,7 @@ def vstar(
     learnt["accuracy"] = evaluate(verifier, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
     # 4. The report and its plot.
     report = {"rounds": run.reports(), "verifier": learnt, **found}
-    write_json(run.out / "vstar.json", report)
+    saving.write_json(run.out / "vstar.json", report)
     title = f"{task.name}, {len(test)} test problems"
     shown = {name: [points] for name, points in reliable_points(report["k"], report["curves"]).items()}
     shown["greedy"] = [[(1, report["rounds"][config.rounds]["accuracy"])]]
@@ -187,7 +177,7 @@ def train_or_load_verifier(
     """The verifier of a run; trained unless the run already has one after as many rounds."""
     folder = run.out / "verifier"
     if folder.exists():
-        report = read_report(folder / REPORT, VerifierReport)
+        report = saving.read_report(folder / saving.REPORT, VerifierReport)
         if report["rounds"] == config.rounds:
             return load_model(folder, model), report
     pairs, held_out = (make_pairs(solutions, split, config.pairs, config.seed) for split in ("train", "valid"))
@@ -202,7 +192,7 @@ def train_or_load_verifier(
     report |= {"first_loss": losses[0], "last_loss": losses[-1]} | measure_pairs(
         verifier, reference, held_out, config.beta, config.batch_size
     )
-    save_model(folder, verifier, task, report)
+    saving.save_model(folder, verifier, task, report)
     return verifier, report
 
 
