@@ -100,8 +100,7 @@ def fast(
     """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
 
     Writes stage-1-13-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
-    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C
-    finish the current step and save.
+    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``.
 
     Args:
         data: examples, as ``quietstar.train`` takes them.
@@ -109,8 +108,6 @@ def fast(
         thoughts: whatever the curriculum does not set: N, objective, embeddings.
         score: of a thinking model, to choose the checkpoint of a stage; higher is better. For instance the accuracy on a task;
             default minus the held-out loss with thoughts.
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
 
     Returns:
         The plain model and the report: "base", "start" and "plain", held-out losses without thoughts of the original model and
@@ -118,9 +115,7 @@ def fast(
         what is rewarded; all in nats per token. And "speeds", the cost of thoughts of each length.
 
     Raises:
-        ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that has other settings or was not to be
-            resumed.
-        Interrupted: after a signal, once everything is saved.
+        ValueError: no data, or fewer than two held-out texts.
     """
     config, thoughts = config or Config(), thoughts or ThoughtConfig()
     if len(held_out) < 2:
@@ -171,18 +166,10 @@ def run_stage(
         return figures
 
     rate = config.learning_rate * (config.later_rate if number else 1)
-    settings = TrainConfig(
-        out=str(folder),
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=rate,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        seed=mix_seed(config.seed, number) % 2**32,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        keep=1,
-    )
+    same = ("steps", "batch_size", "warmup", "weight_decay", "eval_every", "save_every")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in same}
+    seed = mix_seed(config.seed, number) % 2**32
+    settings = TrainConfig(out=str(folder), learning_rate=rate, seed=seed, keep=1, **shared)
     train(qs, data, settings, evaluate=choose, resume="auto", progress=LOG.isEnabledFor(logging.INFO))
     assert chosen is not None  # the last step evaluates
     return chosen
@@ -240,6 +227,7 @@ def by_position(
 
 
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a run's report."""
     times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
     stages = [(stage["thought_tokens"], stage["mixed"]) for stage in report["stages"]]
     cost = {"curriculum": [[(times[T], loss) for T, loss in stages]]}
@@ -250,12 +238,9 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
         name.replace("_", " "): [[(x["position"], x[name]) for x in report["positions"]]]
         for name in ("gain", "reward_before", "reward_after")  # of the last stage's thought; of the plain model
     }
-    panels(
-        path,
-        title,
-        [
-            Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost),
-            Panel("tokens per thought", "held-out loss, nats", tokens),
-            Panel("position", "gain, reward; nats", by_name),
-        ],
-    )
+    drawn = [
+        Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost),
+        Panel("tokens per thought", "held-out loss, nats", tokens),
+        Panel("position", "gain, reward; nats", by_name),
+    ]
+    panels(path, title, drawn)

@@ -256,8 +256,6 @@ def distill(
     Args:
         model: what all three start from.
         config: ``explicit_steps`` are the teacher's updates; options about removing tokens have no effect here.
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
 
     Returns:
         The pair and the report, which holds what ``internalize.evaluate`` returns on test problems, and "steps", the updates of
@@ -267,7 +265,6 @@ def distill(
 
     Raises:
         ValueError: as ``internalize.internalize``; a model whose layers can't be found.
-        Interrupted: after a signal, once everything is saved.
     """
     # 1. Problems, and three models of the same weights.
     config, kd = config or icot.Config(), kd or Config()
@@ -384,13 +381,11 @@ def evaluate(pair: Pair, task: Task, rows: Sequence[Row], states: Tensor | None 
 
 
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a run's report."""
     measured = {name: x for name, x in report.items() if name != "emulation"}
-    panels(
-        path,
-        title,
-        [
-            Panel("layer", "squared error of the normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
-            Panel("accuracy on test problems", "", bars={name: [x["accuracy"]] for name, x in measured.items()}),
-            Panel("problems per second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
-        ],
-    )
+    drawn = [
+        Panel("layer", "squared error of the normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
+        Panel("accuracy on test problems", "", bars={name: [x["accuracy"]] for name, x in measured.items()}),
+        Panel("problems per second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
+    ]
+    panels(path, title, drawn)

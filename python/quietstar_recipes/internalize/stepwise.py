@@ -173,12 +173,7 @@ def internalize(
     """Run all stages, or those that a stopped run lacks; ``model`` is changed.
 
     Writes the model after each stage (stages/removed-NNN), the best one of the last stage (model), metrics.jsonl with a line
-    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``. SIGTERM, SIGHUP,
-    SIGUSR1 and Ctrl-C finish the current update and save.
-
-    Args:
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
+    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``.
 
     Returns:
         The best model of the last stage, and the report. "stages": for each stage removed, steps and what ``evaluate`` returns
@@ -187,9 +182,7 @@ def internalize(
 
     Raises:
         ValueError: rows without chains, or with chains of different lengths where ``keep_position`` is on; a task that rejects
-            its own answers; no right answer after the explicit stage; or a run in ``config.out`` that has other settings or was
-            not to be resumed.
-        Interrupted: after a signal, once everything is saved.
+            its own answers; or no right answer after the explicit stage.
     """
     config = config or Config()
     generator = torch.Generator().manual_seed(config.seed)
@@ -362,27 +355,18 @@ def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a run's report."""
     stages, training = report["stages"], report["training"]
     last = {name: report[name] for name in ("full chain", "internalized", "no chain") if name in report}
     speed = {"each stage": [[(x["problems_per_second"], x["accuracy"]) for x in stages]]}
     speed |= {f"{name}, test": [[(x["problems_per_second"], x["accuracy"])]] for name, x in last.items()}
     removals = [a["step"] for a, b in zip(training, training[1:], strict=False) if a["removed"] != b["removed"]]
-    panels(
-        path,
-        title,
-        [
-            Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
-            Panel("problems per second", "accuracy", speed),
-            Panel(
-                "update; lines where a token is removed",
-                "training loss, nats",
-                {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")},
-                marks=removals,
-            ),
-            Panel(
-                "digit of the answer, in the order written",
-                "accuracy on test problems",
-                {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()},
-            ),
-        ],
-    )
+    curves = {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")}
+    digits = {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()}
+    drawn = [
+        Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
+        Panel("problems per second", "accuracy", speed),
+        Panel("update; lines where a token is removed", "training loss, nats", curves, marks=removals),
+        Panel("digit of the answer, in the order written", "accuracy on test problems", digits),
+    ]
+    panels(path, title, drawn)

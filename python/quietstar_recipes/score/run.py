@@ -122,13 +122,10 @@ def score(
 
     Writes the model after the warm-up (two-turns), after stage I (first-stage) and at the end (model), the best checkpoint of
     the latest stage (best), metrics.jsonl with a line per update of the stages, and the report with its plots (score.json,
-    score.png) into ``config.out``. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C finish the current update and save, but for those of the
-    warm-up, which a continued run repeats.
+    score.png) into ``config.out``. Updates of the warm-up are not saved: a continued run repeats them.
 
     Args:
         model: writes an answer, and a second one when asked to.
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
         base: the model that the divergence is measured from; default ``model`` as it is passed, or after the warm-up. For stage
             II alone, what stage I started with.
 
@@ -136,9 +133,7 @@ def score(
         The model and the report, which holds what ``evaluate`` returns under "base", "stage I" and "stage II".
 
     Raises:
-        ValueError: no chains for the warm-up, no right answer in the first batch, prompts longer than the model's positions, or
-            a run in ``config.out`` that has other settings or was not to be resumed.
-        Interrupted: after a signal, once everything is saved.
+        ValueError: no right answer in the first batch, or prompts longer than the model's positions.
     """
     config = config or Config()
     # 1. The start: a model that makes second attempts, a copy that stays as it is, and the optimizer.

@@ -93,18 +93,14 @@ def star(
     round with the highest accuracy on validation problems. ``model`` is changed only by ``config.sft_steps`` of training on the
     data's own chains.
 
-    Args:
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue after the last complete round in ``config.out``, if there is one.
-
     Returns:
         The last model, and the figures of the start and of each round: problems, kept (without a hint), rationalised, failed,
         the shares of right chains among both kinds where the task can check chains, steps, accuracy on test problems,
         valid_accuracy, seconds.
 
     Raises:
-        ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, a round that
-            keeps nothing, or a run in ``config.out`` that has other settings or was not to be resumed.
+        ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, or a round
+            that keeps nothing.
     """
     # 1. The problems to measure on, and those to show.
     run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name, inputs=hashes(task)), resume)

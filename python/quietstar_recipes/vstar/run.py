@@ -79,18 +79,14 @@ def vstar(
     Writes the rounds, the verifier, vstar.json and, with matplotlib, vstar.png into ``config.out``, where the link best leads
     to the round whose greedy answers to validation problems are best. The verifier is measured on solutions of the last one.
 
-    Args:
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue after the last complete round in ``config.out``, if there is one.
-
     Returns:
         Generator, verifier and the report: rounds; verifier (number of pairs, first and last loss, on held-out pairs the loss
         and the share in the right order, and the accuracy of its own greedy answers); k and curves, accuracies over k; and auc
         and auc_ratio on test solutions.
 
     Raises:
-        ValueError: no chains for the supervised start, no right solution in the first batch or in a round, no problem with both
-            right and wrong solutions, or a run in ``config.out`` that has other settings or was not to be resumed.
+        ValueError: no chains for the supervised start, no right solution in the first batch or in a round, or no problem with
+            both right and wrong solutions.
     """
     # 1. The problems, and the solutions that the data have.
     run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name, inputs=hashes(task)), resume)
