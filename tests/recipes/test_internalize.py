@@ -267,7 +267,8 @@ def test_command(tmp_path, capsys, method, shown):
 def test_a_model_that_writes_chains_answers_with_fewer_and_fewer_tokens(tmp_path):
     """Removed tokens are no longer written, and answers without a chain are still much better than a guess."""
     task = Addition(2)
-    config = Config(str(tmp_path), explicit_steps=400, steps_per_token=60, final_steps=150, learning_rate=2e-3, held_out=50)
+    steps = {"explicit_steps": 250, "steps_per_token": 60, "final_steps": 100}
+    config = Config(str(tmp_path), **steps, learning_rate=3e-3, batch_size=48, held_out=50)
     _, report = internalize(small_model(task, width=64, positions=32), task, config)
     for stage, left in zip(report["stages"], [9, 8, 7, 6, 5], strict=True):
         assert left - 0.5 < stage["tokens"] <= left  # a chain may be a token short, never longer than what is left
