@@ -86,15 +86,16 @@ def ended(monkeypatch):
 
 @pytest.fixture
 def continues():
-    """``continues(run, ending, ...)``: a run that ends in the context ``ending`` and is resumed leaves what a whole one leaves.
+    """``continues(run, *endings)``: a run that ends in these contexts, and is resumed, leaves what a whole one does.
 
     ``run(out, resume=False, ...)`` returns a model and figures.
     """
 
-    def check(run, ending, **changes):
+    def check(run, *endings, **changes):
         whole, *figures = run("whole", **changes)
-        with ending:
-            run("ended", **changes)
+        for number, ending in enumerate(endings):
+            with ending:
+                run("ended", resume=number > 0, **changes)
         model, *again = run("ended", resume=True, **changes)
         assert timeless(again) == timeless(figures)
         assert same(model, whole)

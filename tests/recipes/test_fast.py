@@ -48,9 +48,6 @@ def run(tiny, tmp_path, monkeypatch):
 def test_the_curriculum_is_parsed():
     assert stages(Config().curriculum) == [(13, 8), (9, 4), (5, 4)]
     assert stages("8-4, 4-4") == [(8, 4), (4, 4)]
-    for wrong, message in (("4-2,5-2", "must not have thoughts that grow longer"), ("4,2", "must be stages like 13-8,9-4,5-4")):
-        with pytest.raises(ValueError, match=message):
-            Config(curriculum=wrong)
 
 
 def test_the_plain_model_takes_twice_the_steps_of_a_stage_unless_asked_otherwise():
@@ -266,13 +263,11 @@ def test_a_stage_continues_from_the_best_checkpoint(run, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("update", [1, 3, 6, 9])
-def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, tmp_path, update):
+def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, tmp_path):
     """Stopped in the first stage, in its last step, in the second stage and while the plain model is trained."""
-    later = {1: "stage-2-2-1", 3: "stage-2-2-1", 6: "plain", 9: "fast.json"}[update]
 
     @contextmanager
-    def ending():
+    def ending(update, later):
         with ended(torch.optim.AdamW, "step", update):
             yield
         assert not (tmp_path / "ended" / later).exists()
@@ -280,7 +275,8 @@ def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, tmp_path, u
     def and_lines(out, **options):
         return *run(out, **options), json_lines(tmp_path / out / "plain/metrics.jsonl")
 
-    continues(and_lines, ending(), objective="distil")  # whose gradient is never 0
+    endings = [ending(1, "stage-2-2-1"), ending(1, "stage-2-2-1"), ending(2, "plain"), ending(2, "fast.json")]
+    continues(and_lines, *endings, objective="distil")  # whose gradient is never 0
 
 
 def test_bad_input(run, tmp_path):

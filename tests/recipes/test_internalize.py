@@ -117,7 +117,7 @@ def test_positions(tmp_path, keep):
     handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
     config = Config(out=str(tmp_path), keep_position=keep, smoothing=math.inf, **QUICK, **SMALL)
     plan, rows = stages(config, 2), task.sample(60, "train", seeded(0))
-    icot.run_stages(model, task, config, plan, rows, rows[:10], "", False)
+    icot.Stages(model, task, config, plan, rows, rows[:10], "", False).run()
     handle.remove()
     prompt = len(rows[0].prompt_ids)
     trained = positions_of_answers(task, calls[True])
@@ -210,14 +210,6 @@ def test_the_training_loss_is_averaged_within_stages(tmp_path, monkeypatch):
     assert digits.curves == {"internalized": [[(1, 0.6), (2, 0.9)]]}
 
 
-def test_a_gate_keeps_a_stage_until_it_is_learnt(run, monkeypatch):
-    scores = iter([0.0, 0.2, 0.9, 0.1, 0.1, 0.1])
-    original = icot.evaluate
-    monkeypatch.setattr(icot, "evaluate", lambda *args: original(*args) | {"accuracy": next(scores, 0.1)})
-    _, report, _ = run(task=Multiplication(1), gate=0.5, gate_rounds=3, explicit_steps=0)
-    assert [(stage["removed"], stage["steps"]) for stage in report["stages"]] == [(0, 0), (1, 6), (2, 4)]
-
-
 @pytest.mark.parametrize("step, reset", [(2, True), (4, False)])
 def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, step, reset):
     continues(run, ended(icot, "removals", step), reset_optimizer=reset)
@@ -275,7 +267,8 @@ def test_command(tmp_path, capsys, method, shown):
 def test_a_model_that_writes_chains_answers_with_fewer_and_fewer_tokens(tmp_path):
     """Removed tokens are no longer written, and answers without a chain are still much better than a guess."""
     task = Addition(2)
-    config = Config(str(tmp_path), explicit_steps=400, steps_per_token=60, final_steps=150, learning_rate=2e-3, held_out=50)
+    steps = {"explicit_steps": 250, "steps_per_token": 60, "final_steps": 100}
+    config = Config(str(tmp_path), **steps, learning_rate=3e-3, batch_size=48, held_out=50)
     _, report = internalize(small_model(task, width=64, positions=32), task, config)
     for stage, left in zip(report["stages"], [9, 8, 7, 6, 5], strict=True):
         assert left - 0.5 < stage["tokens"] <= left  # a chain may be a token short, never longer than what is left

@@ -7,8 +7,9 @@ from quietstar.cli.common import table
 from quietstar_recipes import fast, internalize, score, solve, star, vstar
 from quietstar_recipes.common.models import TaskConfig, make_task
 from quietstar_recipes.internalize.command import COLUMNS as INTERNALIZE
-from quietstar_recipes.score.run import COLUMNS as SCORE
-from quietstar_recipes.vstar.run import COLUMNS as VSTAR
+from quietstar_recipes.score.command import COLUMNS as SCORE
+from quietstar_recipes.star.command import COLUMNS as STAR
+from quietstar_recipes.vstar.command import COLUMNS as VSTAR
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,6 @@ from quietstar_recipes.vstar.run import COLUMNS as VSTAR
         (solve.Config, {"lookahead": -1}, "solve: lookahead must be 0 or more, got -1"),
         (solve.Config, {"temperature": 0}, "temperature must be above 0, or all samples are one, got 0"),
         (solve.Config, {"samples": 0}, "solve: samples must be 1 or more, got 0"),
-        (internalize.Config, {"gate": 1.5}, "gate must be from 0 to 1, got 1.5"),
         (internalize.Config, {"remove_all_beyond": -1}, "remove_all_beyond must be None, or 0 or more, got -1"),
         (internalize.Config, {"keep_position": True, "side": "right"}, "side must be left where keep_position is on, got"),
         (score.Config, {"problems": 1, "samples": 1}, "problems must be 2 or more where samples is 1"),
@@ -34,7 +34,11 @@ from quietstar_recipes.vstar.run import COLUMNS as VSTAR
         (fast.Config, {"plain_steps": 0}, "plain_steps must be None, or 1 or more, got 0"),
         (fast.Config, {"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),
         (fast.Config, {"objective": "imitate"}, "objective must be"),
-        *((fast.Config, {"curriculum": x}, "curriculum must") for x in ("", "8", "8-4-2", "8-x", "0-4", "8-4,,4", "8-4,12-4")),
+        (fast.Config, {"curriculum": "8-4,12-4"}, "curriculum must not have thoughts that grow longer"),
+        *(
+            (fast.Config, {"curriculum": x}, "curriculum must be stages like")
+            for x in ("", "8", "8-4-2", "8-x", "0-4", "8-4,,4")
+        ),
     ],
 )
 def test_bad_options(kind, changes, message):
@@ -63,7 +67,7 @@ def test_a_command_says_so_in_one_sentence(capsys, tmp_path, options, code, sent
 
 
 TABLES = {
-    "star": star.COLUMNS,
+    "star": STAR,
     "vstar": VSTAR,
     "score": ("test_problems", *SCORE),
     "internalize": ("test_problems", *INTERNALIZE),

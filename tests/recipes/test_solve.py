@@ -11,7 +11,7 @@ from quietstar_recipes.common.saving import load_model
 from quietstar_recipes.common.selectors import Sample, majority
 from quietstar_recipes.solve import run as recipe
 from quietstar_recipes.solve.budgets import DIFFICULTIES, PREDICTED, compute_optimal
-from quietstar_recipes.solve.run import Config, draw, solve, spend_all
+from quietstar_recipes.solve.run import Config, Methods, draw, solve
 from quietstar_recipes.tasks import Addition
 from tests.recipes.conftest import json_lines, seeded
 
@@ -50,7 +50,8 @@ def test_ways_are_chosen_on_validation_problems(solver, tmp_path, monkeypatch):
     sample = Addition.sample
     monkeypatch.setattr(Addition, "sample", lambda self, n, split, x: asked.append((n, split)) or sample(self, n, split, x))
     spent = []
-    monkeypatch.setattr(recipe, "spend_all", lambda *x: spent.append(spend_all(*x)) or spent[-1])
+    spend = Methods.spend
+    monkeypatch.setattr(Methods, "spend", lambda *x: spent.append(spend(*x)) or spent[-1])
     chosen = []
     monkeypatch.setattr(recipe, "compute_optimal", lambda *x: chosen.append(x) or compute_optimal(*x))
     options = {"problems": 12, "samples": 2, "attempts": 2, "valid_problems": 10, "max_new": 10, "beam_width": 2}

@@ -123,8 +123,7 @@ def test_a_judge_scores_an_attempt_after_the_earlier_ones(solver):
         assert [(x.answer, x.tokens) for x in one] == [(x.answer, x.tokens) for x in other]
 
 
-@pytest.mark.parametrize("history", [True, False])
-def test_what_a_judge_learns(solver, monkeypatch, history):
+def test_what_a_judge_learns(solver, monkeypatch):
     model, task = solver
     rows = task.sample(3, "train", seeded(1))
     right = [[Completion(task.completion_ids(row), [])] * 2 for row in rows[:2]]
@@ -132,7 +131,7 @@ def test_what_a_judge_learns(solver, monkeypatch, history):
     learnt = []
     monkeypatch.setattr(recipe, "write_chains", lambda *_: chains)
     monkeypatch.setattr(recipe, "train_values", lambda model, task, several, *_: learnt.extend(several) or (model, []))
-    train_chain_verifier(model, model, task, rows, 2, 1, SFTConfig(), Sampling(max_new=10), history)
+    train_chain_verifier(model, model, task, rows, 2, 1, SFTConfig(), Sampling(max_new=10))
     assert [x.problem for x in learnt] == [0, 0, 1, 1, 2]
     assert [x.values[0] for x in learnt] == [1, 1, 1, 1, float(task.check(rows[2], task.completion_ids(rows[0])))]
     for x in learnt:
@@ -140,4 +139,4 @@ def test_what_a_judge_learns(solver, monkeypatch, history):
         assert x.ends == [len(x.ids)] and x.values == [float(task.check(row, x.ids))]
         assert x.prompt[: len(row.prompt_ids)] == row.prompt_ids
     longer = [x.prompt != rows[x.problem].prompt_ids for x in learnt]
-    assert longer == [False, history, False, history, False]
+    assert longer == [False, True, False, True, False]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from quietstar.evaluation.intervals import wilson
-from quietstar_recipes.common.sampling import Completion, rollout
+from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.tasks import Row, Task
 
 
@@ -29,21 +29,14 @@ def evaluate(
     """
     began = time.perf_counter()
     prompts = [row.prompt_ids for row in rows] if prompts is None else prompts
-    options: dict[str, Any] = {"temperature": 0, "max_new": max_new, "batch_size": batch_size}
-    written = [completions[0] for completions in rollout(model, task, prompts, **options)]
+    written = [x for (x,) in rollout(model, task, prompts, temperature=0, max_new=max_new, batch_size=batch_size)]
     seconds = time.perf_counter() - began
     tokens = sum(len(x.ids) for x in written) / len(rows)
     return {**grade(task, rows, written), "tokens": tokens, "problems_per_second": len(rows) / seconds}
 
 
 def measure(
-    model: PreTrainedModel,
-    task: Task,
-    test: Sequence[Row],
-    valid: Sequence[Row],
-    max_new: int,
-    batch_size: int,
-    before: Sequence[int] = (),
+    model: PreTrainedModel, task: Task, test: Sequence[Row], valid: Sequence[Row], config: Sampling, before: Sequence[int] = ()
 ) -> dict[str, Any]:
     """What ``evaluate`` returns on test problems, and valid_accuracy, by which the best round is chosen.
 
@@ -51,7 +44,8 @@ def measure(
         before: ids to put before each prompt, such as a few solved problems.
     """
     on_test, on_valid = (
-        evaluate(model, task, rows, max_new, [[*before, *row.prompt_ids] for row in rows], batch_size) for rows in (test, valid)
+        evaluate(model, task, rows, config.max_new, [[*before, *row.prompt_ids] for row in rows], config.batch_size)
+        for rows in (test, valid)
     )
     return {**on_test, "valid_accuracy": on_valid["accuracy"]}
 

@@ -124,6 +124,11 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         raise ValueError(f"{type(model).__name__} has {limit} positions, and prompt and completion need {length}")
 
 
+def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The devices, besides the CPU, whose random state ``torch.random.fork_rng`` has to keep."""
+    return [model.device] if model.device.type == "cuda" else []
+
+
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """In this context the model is in evaluation mode, so without dropout."""

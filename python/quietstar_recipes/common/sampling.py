@@ -1,4 +1,4 @@
-"""Completions of many prompts, from the model's own cached ``generate`` or from vLLM."""
+"""Completions of many prompts, from the model's own cached ``generate``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quietstar.run.metrics import Pace
 from quietstar_kernels.checks import check, check_at_least
 from quietstar_recipes.common.branches import sharing_prompts
 from quietstar_recipes.common.log import LOG
-from quietstar_recipes.common.logprobs import check_length, evaluating, padded, positions
+from quietstar_recipes.common.logprobs import check_length, cuda_devices, evaluating, padded, positions
 from quietstar_recipes.tasks import Task
 
 
@@ -51,56 +51,9 @@ class Completion:
     logprob: list[float]  # of each id under the model itself, not at the sampling temperature
 
 
-class VLLM:
-    """Samples from vLLM, where it is installed: pass it to ``rollout`` instead of the model.
-
-    Args:
-        path: a checkpoint folder or a hub name.
-    """
-
-    def __init__(self, path: str):
-        try:
-            import vllm
-        except ImportError as error:
-            raise ValueError("the engine vllm needs the vllm package: pip install vllm, or use transformers") from error
-        self.vllm = vllm
-        self.engine = vllm.LLM(model=path)
-
-    def rollout(
-        self,
-        task: Task,
-        prompts: Sequence[list[int]],
-        k: int,
-        temperature: float,
-        top_p: float,
-        max_new: int,
-        seed: int,
-        ends: Collection[int] = (),
-    ) -> list[list[Completion]]:
-        sampling = self.vllm.SamplingParams(
-            n=k,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_new,
-            seed=seed,
-            stop=list(task.stop),
-            stop_token_ids=[*task.ends, *ends],
-            include_stop_str_in_output=True,
-            logprobs=0,  # only of the chosen token
-        )
-        out = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-        return [
-            [
-                Completion(list(x.token_ids), [values[i].logprob for i, values in zip(x.token_ids, x.logprobs, strict=True)])
-                for x in answers.outputs
-            ]
-            for answers in out
-        ]
-
-
 @torch.no_grad()
 def rollout(
-    model: PreTrainedModel | VLLM,
+    model: PreTrainedModel,
     task: Task,
     prompts: Sequence[list[int]],
     k: int = 1,
@@ -119,17 +72,16 @@ def rollout(
         temperature: 0 is greedy.
         seed: together with the batch size it fixes the samples; torch's random state stays as it was.
         batch_size: rows at once, ``k`` rows per prompt; prompts of similar length share a batch.
-        shift: added to the positions of the completion; not supported with vLLM.
+        shift: added to the positions of the completion.
         ends: tokens that end a completion, besides the end-of-text token; such as ``Task.step_ids``, for a single step.
 
     Raises:
         ValueError: a prompt that, with ``max_new`` tokens, is longer than the model's positions.
     """
-    if isinstance(model, VLLM):
-        return model.rollout(task, prompts, k, temperature, top_p, max_new, seed, ends)
     check_length(model, max(map(len, prompts), default=0) + max_new + shift)
     task.ends = {task.end_id, *end_ids(task.tokenizer, model)}
     stops = {*task.ends, *ends}
+    # Long prompts first, so that those of a batch need little padding.
     rows = sorted((i for i in range(len(prompts)) for _ in range(k)), key=lambda i: -len(prompts[i]))
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if options["do_sample"]:
@@ -137,9 +89,8 @@ def rollout(
     if task.stop:
         options |= {"stop_strings": list(task.stop), "tokenizer": task.tokenizer}
     found: list[list[Completion]] = [[] for _ in prompts]
-    cuda = [model.device] if model.device.type == "cuda" else []
     pace = Pace()
-    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda):
+    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda_devices(model)):
         for start in range(0, len(rows), batch_size):
             if pace.due():
                 LOG.info("sampling: %s of %s completions", f"{start:,}", f"{len(rows):,}")
@@ -148,6 +99,7 @@ def rollout(
             begun = [prompts[i] for i in chosen]
             ids, mask = (x.to(model.device) for x in padded(begun, left=True, fill=task.end_id))
             recorder = Recorder()
+            # What is generated after the last token that ends a row is dropped below.
             with sharing_prompts(model, begun, max_new):
                 out = cast(Any, model).generate(
                     ids,
@@ -170,7 +122,7 @@ class Recorder(LogitsProcessor):
     """Records the log-probability of each token that ``generate`` chooses, without keeping all logits."""
 
     def __init__(self) -> None:
-        self.before: Tensor | None = None
+        self.before: Tensor | None = None  # log-probabilities [R,V] of the next token
         self.chosen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]

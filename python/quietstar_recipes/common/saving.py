@@ -106,8 +106,7 @@ class Progress:
         kind: what a saved state must have.
 
     Raises:
-        ValueError: there is a run and ``resume`` is False, it has other settings or belongs to another command, or its state is
-            damaged.
+        ValueError: a run that was not to be resumed, has other settings, belongs to another command or is damaged.
     """
 
     def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[State] = State):
@@ -125,11 +124,7 @@ class Progress:
         self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Load the saved weights, and the optimizer's moments, if there is a saved run.
-
-        Raises:
-            ValueError: the files are damaged or belong to another model.
-        """
+        """Load weights and moments, if there is a saved run. Raises ValueError if they are damaged or of another model."""
         if not self.begun:
             return
         try:
@@ -140,8 +135,7 @@ class Progress:
         if optimizer is not None:
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             check_tensors(f"{self.folder}: {OPTIMIZER}", tensors, weights)
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": from_tensors(tensors), "param_groups": groups})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": from_tensors(tensors)})
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save state, weights and moments, all of them or none."""
@@ -154,18 +148,13 @@ class Progress:
 
 
 class Report(msgspec.Struct):
-    """What every round's report has.
-
-    Attributes:
-        accuracy, valid_accuracy: on test and on validation problems.
-        base: the fingerprint of the model that the run started with; V-STaR's alone.
-    """
+    """What every round's report has."""
 
     round: Count
-    accuracy: float
-    valid_accuracy: float | None = None
+    accuracy: float  # on test problems
+    valid_accuracy: float | None = None  # on validation problems
     steps: Count = 0
-    base: str | None = None
+    base: str | None = None  # V-STaR only: the fingerprint of the model that the run started with
 
 
 class Rounds:
@@ -230,9 +219,8 @@ def best_round(reports: Sequence[Mapping[str, Any]]) -> int:
 
     Chosen by its test problems, the accuracy of the best round would be too high: the best of several is also the luckiest.
     """
-    known = [report.get("valid_accuracy") for report in reports]
-    values = [-1.0 if value is None else value for value in known]
-    return max(range(len(values)), key=lambda i: (values[i], i))
+    known = [(-1.0 if (x := report.get("valid_accuracy")) is None else x, i) for i, report in enumerate(reports)]
+    return max(known)[1]
 
 
 def link(path: Path, target: str) -> None:

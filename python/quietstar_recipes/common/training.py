@@ -18,7 +18,7 @@ from quietstar.hf.adapters import add, merge
 from quietstar.run.batches import mix_seed
 from quietstar.run.processes import Interrupted, Signals
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
-from quietstar_recipes.common.logprobs import logprob
+from quietstar_recipes.common.logprobs import cuda_devices, logprob
 from quietstar_recipes.common.saving import Progress
 
 Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
@@ -50,8 +50,7 @@ def train(
         gradient: from the number of finished updates to the figures of the next one, among them "loss"; it calls ``backward``.
         name: begins the message of an error, such as "score".
         rate: the learning rate by the number of finished updates; default the optimizer's.
-        after: called with step, the figures, grad_norm and seconds of each update. It may add figures and end the training by
-            returning True.
+        after: called with step, the figures, grad_norm and seconds of each update, to which it may add figures.
         progress: where figures and state are saved, after every ``save_every`` updates, after the last one and after a signal;
             default nowhere, and signals are left to the caller.
 
@@ -61,8 +60,8 @@ def train(
     """
     with Signals() if progress else nullcontext() as signals:
         state = progress.state if progress else {"step": 0}
-        done = state["step"] >= steps
-        while not done:
+        while state["step"] < steps:
+            # 1. The gradient, which must be finite.
             began, step = time.perf_counter(), state["step"]
             optimizer.zero_grad()
             figures = gradient(step)
@@ -70,21 +69,23 @@ def train(
             for what, value in (("loss", figures["loss"]), ("norm of the gradient", norm)):
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name}: the {what} is {value} at step {step + 1}")
+            # 2. The step.
             if rate:
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step)
             optimizer.step()
             state["step"] += 1
+            # 3. What the recipe does after it, and what is kept of it.
             line = {"step": step + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - began}
-            done = after(line) is True or state["step"] >= steps
+            after(line)
             if progress:
                 progress.metrics.add(line)
-                stopped = signals is not None and signals.caught
-                if stopped or done or state["step"] % save_every == 0:
+                stopped = bool(signals and signals.caught)
+                if stopped or state["step"] == steps or state["step"] % save_every == 0:
                     progress.save(module, optimizer)
                 if stopped:
                     raise Interrupted(state["step"], progress.folder)
-        if progress and signals is not None and signals.caught:  # while the last update was saved
+        if progress and signals and signals.caught:  # while the last update was saved
             raise Interrupted(state["step"], progress.folder)
 
 
@@ -141,12 +142,12 @@ def sft(
     """
     if not examples:
         raise ValueError("sft: there is no example to train on")
+    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
 
     def loss_of(trained: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
         prompts, completions = ([examples[i][part] for i in chosen] for part in (0, 1))
         return completion_loss(trained, prompts, completions), sum(map(len, completions))
 
-    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
     return fine_tune(model, lengths, loss_of, steps, config or SFTConfig(), seed, log)
 
 
@@ -159,14 +160,13 @@ def fine_tune(
     seed: int = 0,
     log: Callable[[Figures], Any] = lambda line: None,
 ) -> PreTrainedModel:
-    """Train ``model`` in place on examples of these lengths, as ``sft`` does, by a loss of one's own.
+    """Train ``model`` in place on examples of these lengths, as ``sft`` does, with another loss.
 
     Args:
         loss_of: from the model, or its adapters, and the numbers of a batch's examples to the loss and the number of tokens.
     """
     training = model.training
-    cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):  # used by new adapters and by dropout
+    with torch.random.fork_rng(cuda_devices(model)):  # used by new adapters and by dropout
         torch.manual_seed(mix_seed(seed, -1))
         trained = add(model, config) if config.lora_rank else model
         batches = token_batches(lengths, config.batch_tokens, seed)

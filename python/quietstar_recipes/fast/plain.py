@@ -32,7 +32,7 @@ ROWS = 2**13  # thought rows of a packed forward at a time
 
 
 @dataclass
-class Config:
+class PlainConfig:
     """What all parts of a run share, and how the plain model is trained; defaults are those of the published code.
 
     The paper's own formula (arXiv 2505.17746, by a summary of it: unverified) is ``plain_start="curriculum"``,
@@ -84,7 +84,7 @@ class RunState(State):
     best: float | None
 
 
-def initial(model: PreTrainedModel, teacher: QuietStar, config: Config) -> PreTrainedModel:
+def initial(model: PreTrainedModel, teacher: QuietStar, config: PlainConfig) -> PreTrainedModel:
     """The plain model before its training: a copy of ``model``, with the teacher's weights if ``plain_start`` says so."""
     student = copy.deepcopy(model)
     if config.plain_start == "curriculum":
@@ -93,23 +93,23 @@ def initial(model: PreTrainedModel, teacher: QuietStar, config: Config) -> PreTr
 
 
 def train_plain(
-    student: PreTrainedModel, teacher: QuietStar, data: Sequence[Example], held_out: Sequence[Example], config: Config
+    student: PreTrainedModel, teacher: QuietStar, data: Sequence[Example], held_out: Sequence[Example], config: PlainConfig
 ) -> tuple[PreTrainedModel, float]:
     """Train ``student`` in place, without thoughts, on the teacher's predictions.
 
     Returns:
         The best model by held-out loss, and that loss.
     """
-    folder = Path(config.out) / MODEL
-    texts = split_documents(data)
+    folder, texts = Path(config.out) / MODEL, split_documents(data)
     progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, True, RunState)
     state, optimizer = progress.state, adamw(student, config.plain_rate, weight_decay=0.0)
     progress.load(student, optimizer)
-    left = config.plain_updates - state["step"]
-    LOG.info("%s: %s updates of a model without thoughts", progress.metrics.path.parent, f"{left:,}")
+    left = f"{config.plain_updates - state['step']:,}"
+    LOG.info("%s: %s updates of a model without thoughts", progress.metrics.path.parent, left)
     teacher.eval()
 
     def keep_the_better() -> float:
+        """Measure the model, and save it if it is the best so far."""
         value = loss(student, held_out, config.batch_size)
         if state["best"] is None or value < state["best"]:
             state["best"] = value
@@ -123,14 +123,14 @@ def train_plain(
 
     if state["best"] is None:
         keep_the_better()  # the initial model too, since training may only make it worse
-    options: dict[str, Any] = {"name": "fast", "progress": progress, "save_every": config.save_every}
     gradient = partial(plain_gradient, student, teacher, texts, config)
-    train(student, optimizer, config.plain_updates, gradient, after=after, **options)
+    options: dict[str, Any] = {"progress": progress, "save_every": config.save_every}
+    train(student, optimizer, config.plain_updates, gradient, name="fast", after=after, **options)
     return load_model(folder, student), state["best"]
 
 
 def plain_gradient(
-    student: PreTrainedModel, teacher: QuietStar, texts: Sequence[Example], config: Config, step: int
+    student: PreTrainedModel, teacher: QuietStar, texts: Sequence[Example], config: PlainConfig, step: int
 ) -> dict[str, Any]:
     """Leave the gradient of an update in the student; returns its figures, the loss without its weight."""
     chosen = [texts[i] for i in texts_of_step(len(texts), config.batch_size, config.seed, step)]
@@ -142,14 +142,11 @@ def plain_gradient(
     value, earned = objective(logprob, targets, thinking.to(logprob.device), config)
     value.backward()
     weight = config.plain_weight if config.reinforces else 1.0
-    return {
-        "loss": float(value.detach()) / weight,
-        "reward": float(earned.mean()),
-        "rewarded": float((earned > 0).float().mean()),
-    }
+    rewards = {"reward": float(earned.mean()), "rewarded": float((earned > 0).float().mean())}
+    return {"loss": float(value.detach()) / weight, **rewards}
 
 
-def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: PlainConfig) -> tuple[Tensor, Tensor]:
     """The training loss, and the reward [tokens] for predicting a token better than the thinking model does.
 
     The published loss is minus the mean of the reward times the log-probability, at a temperature, of a token sampled from the
@@ -171,7 +168,7 @@ def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: Config)
     return -config.plain_weight * (earned * chosen).mean(), earned
 
 
-def reward(thinking: Tensor, plain: Tensor, config: Config) -> Tensor:
+def reward(thinking: Tensor, plain: Tensor, config: PlainConfig) -> Tensor:
     """The reward [tokens] of the plain model, from the losses of both models [tokens], nats."""
     return torch.relu(thinking - plain) if config.clamp_reward else thinking - plain
 
@@ -259,4 +256,5 @@ def target_mask(text: Example) -> Tensor:
 
 
 def _mask(text: Example) -> Tensor:
+    """The text's attention mask, int64 [L]; all ones by default."""
     return text.get("attention_mask", torch.ones_like(text["input_ids"]))

@@ -14,27 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.checkpoints import native
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, check_unseen, table
-from quietstar.cli.ignored import DATA, THOUGHTS, Rule
 from quietstar.config import TrainConfig, option
-from quietstar.data.texts import DataConfig, load_data
 from quietstar.evaluation.losses import evaluate, token_losses
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings, tokens_hash
 from quietstar.training import train
 from quietstar_kernels.checks import check_at_least, check_positive
-from quietstar_recipes.common.command import LanguageModel, ResumeRun
 from quietstar_recipes.common.log import LOG
-from quietstar_recipes.common.models import read
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.saving import Count, Rounds, fingerprint, read_report, write_json
 from quietstar_recipes.fast import plain
@@ -57,7 +51,7 @@ class Chosen(msgspec.Struct):
 
 
 @dataclass
-class Config(plain.Config):
+class Config(plain.PlainConfig):
     """The options of the curriculum and of the plain model; defaults are those of the published code.
 
     Its script (huangwei200012/Fast-Quiet-STaR, run_sh/fast_quiet_star_mistral.sh) has the stages 16-8, 12-4 and 8-4. The first
@@ -106,8 +100,7 @@ def fast(
     """Run the curriculum and train the plain model, or what a stopped run lacks; ``model`` stays as it is.
 
     Writes stage-1-13-8, ... with the best checkpoint of each stage (best), the plain model as an ordinary checkpoint (model)
-    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C
-    finish the current step and save.
+    and the report (fast.json and, with matplotlib, fast.png) into ``config.out``.
 
     Args:
         data: examples, as ``quietstar.train`` takes them.
@@ -115,8 +108,6 @@ def fast(
         thoughts: whatever the curriculum does not set: N, objective, embeddings.
         score: of a thinking model, to choose the checkpoint of a stage; higher is better. For instance the accuracy on a task;
             default minus the held-out loss with thoughts.
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
 
     Returns:
         The plain model and the report: "base", "start" and "plain", held-out losses without thoughts of the original model and
@@ -124,9 +115,7 @@ def fast(
         what is rewarded; all in nats per token. And "speeds", the cost of thoughts of each length.
 
     Raises:
-        ValueError: no data, fewer than two held-out texts, or a run in ``config.out`` that has other settings or was not to be
-            resumed.
-        Interrupted: after a signal, once everything is saved.
+        ValueError: no data, or fewer than two held-out texts.
     """
     config, thoughts = config or Config(), thoughts or ThoughtConfig()
     if len(held_out) < 2:
@@ -134,15 +123,18 @@ def fast(
     inputs = {"the data": tokens_hash([*data, *held_out]), f"the model {name}".rstrip(): fingerprint(model)}
     Rounds(config.out, Settings.of(thoughts, config, recipe="fast", model=name, texts=len(data), inputs=inputs), resume)
     report: dict[str, Any] = {"base": plain.loss(model, held_out, config.batch_size), "stages": []}
+    # 1. Each stage goes on from the best checkpoint of the one before, with shorter thoughts.
     qs = QuietStar(copy.deepcopy(model), thoughts, tokenizer)
     for number, (T, J) in enumerate(stages(config.curriculum)):
         qs.use_config(replace(thoughts, thought_tokens=T, lookahead=J))
         folder = Path(config.out) / f"stage-{number + 1}-{T}-{J}"
         report["stages"].append(run_stage(qs, data, held_out, config, folder, number, score))
         qs = QuietStar.from_pretrained(folder / BEST).to(model.device)
+    # 2. The plain model learns from the last stage's.
     before = plain.initial(model, qs, config)
     report["start"] = plain.loss(before, held_out, config.batch_size)
     student, report["plain"] = plain.train_plain(copy.deepcopy(before), qs, data, held_out, config)
+    # 3. Where thoughts help, and what they cost.
     report["positions"] = by_position(before, student, qs, held_out, config)
     report["speeds"] = speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
     write_json(Path(config.out) / f"{NAME}.json", report)
@@ -174,18 +166,10 @@ def run_stage(
         return figures
 
     rate = config.learning_rate * (config.later_rate if number else 1)
-    settings = TrainConfig(
-        out=str(folder),
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=rate,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        seed=mix_seed(config.seed, number) % 2**32,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        keep=1,
-    )
+    same = ("steps", "batch_size", "warmup", "weight_decay", "eval_every", "save_every")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in same}
+    seed = mix_seed(config.seed, number) % 2**32
+    settings = TrainConfig(out=str(folder), learning_rate=rate, seed=seed, keep=1, **shared)
     train(qs, data, settings, evaluate=choose, resume="auto", progress=LOG.isEnabledFor(logging.INFO))
     assert chosen is not None  # the last step evaluates
     return chosen
@@ -243,6 +227,7 @@ def by_position(
 
 
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a run's report."""
     times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
     stages = [(stage["thought_tokens"], stage["mixed"]) for stage in report["stages"]]
     cost = {"curriculum": [[(times[T], loss) for T, loss in stages]]}
@@ -253,56 +238,9 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
         name.replace("_", " "): [[(x["position"], x[name]) for x in report["positions"]]]
         for name in ("gain", "reward_before", "reward_after")  # of the last stage's thought; of the plain model
     }
-    panels(
-        path,
-        title,
-        [
-            Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost),
-            Panel("tokens per thought", "held-out loss, nats", tokens),
-            Panel("position", "gain, reward; nats", by_name),
-        ],
-    )
-
-
-@dataclass
-class Fast:
-    """Train with shorter and shorter thoughts, then without any (Fast Quiet-STaR)."""
-
-    data: DataConfig
-    thoughts: ThoughtConfig
-    recipe: Config
-    model: LanguageModel
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    inherits: ClassVar[tuple] = (DataConfig,)
-    ignored: ClassVar[list] = [
-        *DATA,
-        *THOUGHTS,
-        Rule("thought_tokens lookahead", lambda o: True, "here: --curriculum sets it"),
-        Rule("later_rate", lambda o: "," not in o.curriculum, "with a curriculum of one stage"),
-        Rule(
-            "plain_weight plain_temperature clamp_reward",
-            lambda o: o.objective not in ("sampled", "observed"),
-            "unless --objective is sampled or observed",
-        ),
+    drawn = [
+        Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost),
+        Panel("tokens per thought", "held-out loss, nats", tokens),
+        Panel("position", "gain, reward; nats", by_name),
     ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, tokenizer = read(self.model, self.dtype, self.allow_bin)
-        data = load_data(self.data, tokenizer, max(J for _, J in stages(self.recipe.curriculum)))
-        if description := native.read_description(self.model):
-            check_unseen(self.model, description[1], self.data, data, "leave these options as they were")
-        _, report = fast(
-            model, data.train, data.held_out, self.thoughts, self.recipe, tokenizer, name=self.model, resume=bool(self.resume)
-        )
-        print(table(report["stages"], ("thought_tokens", "lookahead", "base", "mixed", "gain", "gain_low", "gain_high")))
-        print("time of a generated token, as a multiple of that without thoughts (thought_tokens 0)")
-        print(table(report["speeds"], ("thought_tokens", "times_plain")))
-        losses = "{base:.4f} of the original model, {start:.4f} before and {plain:.4f} after the last step".format(**report)
-        print(f"held-out loss without thoughts, nats per token: {losses}")
-        if report["plain"] >= report["start"]:
-            print("no update of the model without thoughts lowered its held-out loss, so it is saved as it was before")
-        print(f"saved {Path(self.recipe.out) / MODEL}")
+    panels(path, title, drawn)

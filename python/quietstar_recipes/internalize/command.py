@@ -8,43 +8,35 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
+from quietstar.cli.common import table
 from quietstar.cli.ignored import Rule
-from quietstar_recipes.common.command import TASK, ResumeRun, StartModel
-from quietstar_recipes.common.models import TaskConfig, load
+from quietstar_recipes.common.command import EXPERIMENTAL, TASK, StartCommand
 from quietstar_recipes.internalize import kd, stepwise
 
 COLUMNS = ("accuracy", "low", "high", "tokens", "tokens_per_second", "problems_per_second")
 STEPWISE = "steps_per_token final_steps smoothing reset_optimizer side remove_all_beyond keep_position"
 
 
-@dataclass
-class Internalize:
+@dataclass(kw_only=True)
+class Internalize(StartCommand):
     """Train a model to answer without writing its chain of thought (ICoT)."""
 
-    task: TaskConfig
-    recipe: stepwise.Config
+    recipe: Annotated[stepwise.Config, EXPERIMENTAL]
     distillation: kd.Config
     method: Annotated[
         Literal["stepwise", "kd"], arg(help="stepwise: remove the chain token by token (ICoT-SI); kd: distil it (ICoT-KD)")
     ] = "stepwise"
-    model: StartModel = ""
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
 
     ignored: ClassVar[list] = [
         *TASK,
-        Rule(f"{STEPWISE} compare", lambda o: o.method == "kd", "with --method=kd"),
-        Rule("eval_every", lambda o: o.method == "kd" and not o.gate, "with --method=kd, unless --gate is above 0"),
+        Rule(f"{STEPWISE} compare eval_every", lambda o: o.method == "kd", "with --method=kd"),
         Rule(
             "student_steps emulator_steps coupled_steps coupled_rate components",
             lambda o: o.method != "kd",
             "without --method=kd",
         ),
-        Rule("gate_rounds", lambda o: not o.gate, "without --gate"),
         Rule(
-            "explicit_steps smoothing reset_optimizer side gate gate_rounds",
+            "explicit_steps smoothing reset_optimizer side",
             lambda o: o.method != "kd" and o.remove_all_beyond == 0,
             "with --remove-all-beyond=0",
         ),
@@ -52,8 +44,7 @@ class Internalize:
     ]
 
     def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
+        model, task = self.load()
         if self.method == "kd":
             _, report = kd.distill(model, task, self.recipe, self.distillation, self.model, bool(self.resume))
             rows, saved = ["full chain", "shown states", "emulated states", "internalized"], kd.PAIR

@@ -30,7 +30,7 @@ from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check_at_least, check_positive, check_types
-from quietstar_recipes.common.log import LOG, log_figures
+from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import evaluating, padded, positions
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
@@ -40,11 +40,9 @@ from quietstar_recipes.internalize import stepwise as icot
 from quietstar_recipes.tasks import Row, Task
 
 MODEL, PAIR, STATES, NAME = "model", "pair", "states.safetensors", "kd"  # what a run writes; the last is .json and .png
-COUPLED = "coupled"  # the phase that trains both together
+NAMES = TEACHER, STUDENT, EMULATOR, COUPLED = "teacher", "student", "emulator", "coupled"  # the phases, and their folders
 BATCH = 256  # problems at once in evaluation
 MIXTURE_TEMPERATURE = 0.05  # as in the published code
-Loss = Callable[[Sequence[Row]], Tensor]
-Measured = Callable[[], dict[str, Any]]
 
 
 @dataclass
@@ -99,7 +97,7 @@ def diagonal(hidden_states: tuple[Tensor, ...], first: Tensor, last: Tensor) -> 
 def writing(model: PreTrainedModel, place: int, state: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """In this context, the input of layer l at column ``place`` is ``state(l, its previous value)``, [B,D].
 
-    Cached decoding, one token at a time, is left alone.
+    Decoding with a cache, one token at a time, is left as it is.
     """
 
     def before(l: int) -> Callable[..., Any]:
@@ -220,7 +218,7 @@ class Pair(nn.Module):
     def save_pretrained(self, folder: str | Path, task: Task) -> None:
         """Write two ordinary checkpoints, emulator and student, and next to them the weights that pass the states on."""
         with replaced(folder) as temporary:
-            for name, part in (("emulator", self.emulator), ("student", self.student)):
+            for name, part in ((EMULATOR, self.emulator), (STUDENT, self.student)):
                 save_language_model(part.model, task.tokenizer, temporary / name)
             own = {key: x.contiguous() for key, x in self.state_dict().items() if ".model." not in key}
             save_file(own, temporary / STATES, metadata={"format": "pt"})
@@ -231,11 +229,11 @@ class Pair(nn.Module):
         folder = Path(folder)
         try:
             own = load_file(folder / STATES)
-            emulator, student = (load_language_model(folder / name) for name in ("emulator", "student"))
+            emulator, student = (load_language_model(folder / name) for name in (EMULATOR, STUDENT))
             pair = cls(Emulator(emulator, len(own["emulator.mixture.weight"])), Student(student))
             missing = [key for key in pair.load_state_dict(own, strict=False).missing_keys if ".model." not in key]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder}: no emulator and student load from there: {reason_of(error)}") from error
+            raise ValueError(f"{folder}: could not load the emulator and student: {reason_of(error)}") from error
         if missing:
             raise ValueError(f"{folder}: {STATES} lacks {missing[0]}")
         return pair.eval()
@@ -257,11 +255,7 @@ def distill(
 
     Args:
         model: what all three start from.
-        config: ``explicit_steps`` are the teacher's updates; options about removing tokens have no effect here. With a
-            ``gate``, teacher and student train on until that share of held-out answers is right, measured every ``eval_every``
-            updates, for at most ``gate_rounds`` times as long. If it never is, the log says so, and the next phase begins.
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
+        config: ``explicit_steps`` are the teacher's updates; options about removing tokens have no effect here.
 
     Returns:
         The pair and the report, which holds what ``internalize.evaluate`` returns on test problems, and "steps", the updates of
@@ -271,94 +265,100 @@ def distill(
 
     Raises:
         ValueError: as ``internalize.internalize``; a model whose layers can't be found.
-        Interrupted: after a signal, once everything is saved.
     """
+    # 1. Problems, and three models of the same weights.
     config, kd = config or icot.Config(), kd or Config()
     generator = torch.Generator().manual_seed(config.seed)
-    training, test, valid = (
-        task.sample(n, split, generator)
-        for n, split in ((config.rows, "train"), (config.held_out, "test"), (config.held_out, "valid"))
-    )
-    icot.check_rows(model, task, [*training, *test, *valid], config)
+    training, test = (task.sample(n, split, generator) for n, split in ((config.rows, "train"), (config.held_out, "test")))
+    icot.check_rows(model, task, [*training, *test], config)
     settings = Settings.of(config, kd, recipe="internalize kd", model=name, task=task.name, inputs=hashes(task, model, name))
     teacher = copy.deepcopy(model)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)  # for the new weights that pass the states on
         pair = Pair(Emulator(copy.deepcopy(model), kd.components), Student(copy.deepcopy(model)))
 
-    def phase(number: int, name: str, module: nn.Module, steps: int, loss: Loss, measured: Measured | None = None) -> int:
-        """Train a model, or the pair, in place; returns the updates.
-
-        Without dropout, as the published code does. ``measured`` returns the accuracy that has to reach ``config.gate``.
-        """
-        progress = Progress(Path(config.out) / name, settings, {"step": 0, "passed": False}, resume)
-        state, seed = progress.state, mix_seed(config.seed, number)
-        rate = config.learning_rate * (kd.coupled_rate if name == COUPLED else 1)
-        optimizer = adamw(module.eval(), rate, config.weight_decay)
-        progress.load(module, optimizer)
-        gated = measured is not None and config.gate > 0
-        most = steps * (config.gate_rounds if gated else 1)
-
-        def gradient(step: int) -> dict[str, Any]:
-            value = loss([training[i] for i in texts_of_step(len(training), config.batch_size, seed, step)])
-            value.backward()
-            return {"loss": float(value.detach())}
-
-        def after(line: dict[str, Any]) -> bool:
-            beyond = state["step"] - steps  # the schedule
-            if measured and gated and beyond >= 0 and (beyond % config.eval_every == 0 or state["step"] == most):
-                line["accuracy"] = measured()["accuracy"]
-                state["passed"] = line["accuracy"] >= config.gate
-                if state["step"] == most and not state["passed"]:
-                    LOG.info("%s: below the gate, %g, after %s updates", progress.folder.parent, config.gate, f"{most:,}")
-            return state["passed"]
-
-        options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
-        end = 0 if state["passed"] else most
-        train(module, optimizer, end, gradient, after=after, progress=progress, **options)
-        return state["step"]
-
-    def shown(rows: Sequence[Row]) -> Tensor:
-        return teacher_states(teacher, task, rows)
-
-    def answer_loss(rows: Sequence[Row], states: Tensor) -> Tensor:
-        prompts = [row.prompt_ids for row in rows]
-        with pair.student.reading(states, max(map(len, prompts)) - 1):
-            return completion_loss(pair.student.model, prompts, [icot.shortened(task, row, len(row.cot_ids)) for row in rows])
-
-    def chain_loss(rows: Sequence[Row]) -> Tensor:
-        return completion_loss(teacher, [row.prompt_ids for row in rows], [task.completion_ids(row) for row in rows])
-
-    def emulate(rows: Sequence[Row]) -> Tensor:
-        return pair.emulator([row.prompt_ids for row in rows])
-
+    # 2. The phases, each followed by what it reaches on test problems.
+    phases = Phases(teacher, pair, task, config, kd, training, settings, resume)
     report: dict[str, Any] = {}
 
-    def found(row: str, steps: int, figures: dict[str, Any]) -> None:
+    def measured(row: str, steps: int, figures: dict[str, Any]) -> None:
         report[row] = {"steps": steps, **figures}
         log_figures(f"{config.out}, {row}", figures)
 
-    def written(rows: Sequence[Row]) -> dict[str, Any]:
-        return icot.evaluate(teacher, task, rows, 0, config)
-
-    def read(rows: Sequence[Row]) -> dict[str, Any]:
-        return evaluate(pair, task, rows, shown(rows))
-
-    steps = phase(0, "teacher", teacher, config.explicit_steps, chain_loss, lambda: written(valid))
-    save_model(Path(config.out) / "teacher" / MODEL, teacher, task, {})
-    found("full chain", steps, written(test))
-    steps = phase(1, "student", pair.student, kd.student_steps, lambda x: answer_loss(x, shown(x)), lambda: read(valid))
-    found("shown states", steps, read(test))
-    steps = phase(2, "emulator", pair.emulator, kd.emulator_steps, lambda x: emulation_loss(emulate(x), shown(x)))
-    found("emulated states", steps, evaluate(pair, task, test))
+    phases.train(TEACHER, teacher, config.explicit_steps, phases.chain_loss)
+    save_model(Path(config.out) / TEACHER / MODEL, teacher, task, {})
+    measured("full chain", config.explicit_steps, icot.evaluate(teacher, task, test, 0, config))
+    phases.train(STUDENT, pair.student, kd.student_steps, phases.shown_loss)
+    shown = teacher_states(teacher, task, test)
+    measured("shown states", kd.student_steps, evaluate(pair, task, test, shown))
+    phases.train(EMULATOR, pair.emulator, kd.emulator_steps, phases.emulator_loss)
+    measured("emulated states", kd.emulator_steps, evaluate(pair, task, test))
     with torch.no_grad():
-        report["emulation"] = (emulate(test) - shown(test)).square().mean((0, 2)).tolist()
-    steps = phase(3, COUPLED, pair, kd.coupled_steps, lambda x: answer_loss(x, emulate(x)))
-    found("internalized", steps, evaluate(pair, task, test))
+        report["emulation"] = (phases.emulated(test) - shown).square().mean((0, 2)).tolist()
+    phases.train(COUPLED, pair, kd.coupled_steps, phases.coupled_loss)
+    measured("internalized", kd.coupled_steps, evaluate(pair, task, test))
+    # 3. What is left at the end.
     pair.save_pretrained(Path(config.out) / PAIR, task)
     write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, task.name)
     return pair, report
+
+
+@dataclass
+class Phases:
+    """The phases of a run, each of which trains one of the models, or the pair, in place."""
+
+    teacher: PreTrainedModel
+    pair: Pair
+    task: Task
+    config: icot.Config
+    kd: Config
+    training: Sequence[Row]
+    settings: Settings
+    resume: bool
+
+    def train(self, name: str, module: nn.Module, steps: int, loss: Callable[[Sequence[Row]], Tensor]) -> None:
+        """Train ``module`` in a folder of this name, without dropout, as the published code does."""
+        config, seed = self.config, mix_seed(self.config.seed, NAMES.index(name))
+        progress = Progress(Path(config.out) / name, self.settings, {"step": 0}, self.resume)
+        rate = config.learning_rate * (self.kd.coupled_rate if name == COUPLED else 1)
+        optimizer = adamw(module.eval(), rate, config.weight_decay)
+        progress.load(module, optimizer)
+
+        def gradient(step: int) -> dict[str, Any]:
+            value = loss([self.training[i] for i in texts_of_step(len(self.training), config.batch_size, seed, step)])
+            value.backward()
+            return {"loss": float(value.detach())}
+
+        options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
+        train(module, optimizer, steps, gradient, progress=progress, **options)
+
+    def chain_loss(self, rows: Sequence[Row]) -> Tensor:
+        """The teacher's loss of the chain and the answer."""
+        completions = [self.task.completion_ids(row) for row in rows]
+        return completion_loss(self.teacher, [row.prompt_ids for row in rows], completions)
+
+    def shown_loss(self, rows: Sequence[Row]) -> Tensor:
+        """The loss of the student's answer, given the teacher's states."""
+        return self._answer_loss(rows, teacher_states(self.teacher, self.task, rows))
+
+    def emulator_loss(self, rows: Sequence[Row]) -> Tensor:
+        """How far the emulator's states are from the teacher's."""
+        return emulation_loss(self.emulated(rows), teacher_states(self.teacher, self.task, rows))
+
+    def coupled_loss(self, rows: Sequence[Row]) -> Tensor:
+        """The loss of the student's answer, given the emulator's states."""
+        return self._answer_loss(rows, self.emulated(rows))
+
+    def emulated(self, rows: Sequence[Row]) -> Tensor:
+        """The emulator's states [B,layers,D] of these rows."""
+        return self.pair.emulator([row.prompt_ids for row in rows])
+
+    def _answer_loss(self, rows: Sequence[Row], states: Tensor) -> Tensor:
+        prompts = [row.prompt_ids for row in rows]
+        answers = [self.task.direct_ids(row) for row in rows]
+        with self.pair.student.reading(states, max(map(len, prompts)) - 1):
+            return completion_loss(self.pair.student.model, prompts, answers)
 
 
 @torch.no_grad()
@@ -374,20 +374,18 @@ def teacher_states(teacher: PreTrainedModel, task: Task, rows: Sequence[Row]) ->
 
 def evaluate(pair: Pair, task: Task, rows: Sequence[Row], states: Tensor | None = None) -> dict[str, Any]:
     """As ``internalize.evaluate``: answers from the prompt with the emulator's states, or with given ones [B,layers,D]."""
-    most = max(len(icot.shortened(task, row, len(row.cot_ids))) for row in rows) + icot.EXTRA_TOKENS
+    most = max(len(task.direct_ids(row)) for row in rows) + icot.EXTRA_TOKENS
     began = time.perf_counter()
     written = pair.answer(task, [row.prompt_ids for row in rows], most, states)
     return icot.figures(task, rows, written, time.perf_counter() - began)
 
 
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a run's report."""
     measured = {name: x for name, x in report.items() if name != "emulation"}
-    panels(
-        path,
-        title,
-        [
-            Panel("layer", "squared error of the normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
-            Panel("accuracy on test problems", "", bars={name: [x["accuracy"]] for name, x in measured.items()}),
-            Panel("problems per second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
-        ],
-    )
+    drawn = [
+        Panel("layer", "squared error of the normalised state", {"emulator": [list(enumerate(report["emulation"]))]}),
+        Panel("accuracy on test problems", "", bars={name: [x["accuracy"]] for name, x in measured.items()}),
+        Panel("problems per second", "", bars={name: [x["problems_per_second"]] for name, x in measured.items()}),
+    ]
+    panels(path, title, drawn)

@@ -56,8 +56,6 @@ class Config:
     side: Literal["left", "right"] = option("left", "which end of the chain is removed first: left or right")
     remove_all_beyond: int | None = option(None, "the whole chain is removed once this many tokens are; 0: no chain at all")
     keep_position: bool = option(False, "what follows a removed token keeps its position; for chains of equal length")
-    gate: float = option(0.0, "a stage, or a phase of kd, lasts until this share of held-out answers is right; 0: no gate")
-    gate_rounds: int = option(4, "with a gate, a stage takes at most this many times its scheduled length")
     compare: bool = option(False, "also train without any chain for as many updates; the result must beat this")
     learning_rate: float = option(1e-3, "learning rate of AdamW, constant; published: 5e-5 for GPT-2, 1e-5 for 4B and 7B")
     weight_decay: float = option(0.01, "weight decay of AdamW")
@@ -71,19 +69,17 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types("internalize", self, infinite=("smoothing",))
-        at_least_one = ("final_steps", "gate_rounds", "batch_size", "rows", "held_out", "eval_every", "save_every")
         check_at_least("internalize", self, 0, ("explicit_steps", "steps_per_token", "weight_decay"))
-        check_at_least("internalize", self, 1, at_least_one)
+        check_at_least("internalize", self, 1, ("final_steps", "batch_size", "rows", "held_out", "eval_every", "save_every"))
         check("internalize", self, "batch_size", self.batch_size <= 2**16, "65,536 at most")
         check_positive("internalize", self, ("smoothing", "learning_rate", "clip"))
         beyond = self.remove_all_beyond
         check("internalize", self, "remove_all_beyond", beyond is None or beyond >= 0, "None, or 0 or more")
-        check("internalize", self, "gate", 0 <= self.gate <= 1, "from 0 to 1")
         kept = self.keep_position and self.side == "right"
         check("internalize", self, "side", not kept, "left where keep_position is on")
 
 
-class Figures(msgspec.Struct):
+class AnswerFigures(msgspec.Struct):
     """What ``figures`` returns and a plot shows."""
 
     accuracy: float
@@ -93,7 +89,9 @@ class Figures(msgspec.Struct):
     tokens_per_second: float
 
 
-class StageFigures(Figures, kw_only=True):
+class StageFigures(AnswerFigures, kw_only=True):
+    """The same of a finished stage."""
+
     removed: Count
     steps: Count
 
@@ -110,7 +108,7 @@ class RunState(State):
 
     stage: Count
     done: Count
-    best: Figures | None
+    best: AnswerFigures | None
     lines: list[StageFigures]
     chainless: bool
 
@@ -175,12 +173,7 @@ def internalize(
     """Run all stages, or those that a stopped run lacks; ``model`` is changed.
 
     Writes the model after each stage (stages/removed-NNN), the best one of the last stage (model), metrics.jsonl with a line
-    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``. SIGTERM, SIGHUP,
-    SIGUSR1 and Ctrl-C finish the current update and save.
-
-    Args:
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
+    per update, and the report (internalize.json and, with matplotlib, internalize.png) into ``config.out``.
 
     Returns:
         The best model of the last stage, and the report. "stages": for each stage removed, steps and what ``evaluate`` returns
@@ -189,9 +182,7 @@ def internalize(
 
     Raises:
         ValueError: rows without chains, or with chains of different lengths where ``keep_position`` is on; a task that rejects
-            its own answers; no right answer after the explicit stage; or a run in ``config.out`` that has other settings or was
-            not to be resumed.
-        Interrupted: after a signal, once everything is saved.
+            its own answers; or no right answer after the explicit stage.
     """
     config = config or Config()
     generator = torch.Generator().manual_seed(config.seed)
@@ -201,15 +192,17 @@ def internalize(
     )
     longest = check_rows(model, task, [*training, *valid, *test], config)
     fresh = copy.deepcopy(model) if config.compare else None
-    lines, updates = run_stages(model, task, config, stages(config, longest), training, valid, name, resume)
-    report: dict[str, Any] = {"stages": lines, "training": losses(updates)}
+    run = Stages(model, task, config, stages(config, longest), training, valid, name, resume)
+    run.run()
+    report: dict[str, Any] = {"stages": run.state["lines"], "training": losses(run.progress.metrics.lines)}
 
+    # The control, and all models on test problems.
     out = Path(config.out)
     folders = {"full chain": (out / STAGES / "removed-000", 0), "internalized": (out / MODEL, longest)}
     if fresh is not None:
         steps = sum(stage["steps"] for stage in report["stages"])
         direct = replace(config, out=str(out / DIRECT), remove_all_beyond=0, final_steps=steps, compare=False)
-        run_stages(fresh, task, direct, stages(direct, longest), training, valid, name, resume)
+        Stages(fresh, task, direct, stages(direct, longest), training, valid, name, resume).run()
         folders["no chain"] = (out / DIRECT / MODEL, longest)
     for row, (folder, removed) in folders.items():
         if folder.is_dir():  # a run without any chain has no model with the full chain
@@ -235,86 +228,106 @@ def check_rows(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: 
     return max(lengths)
 
 
-def run_stages(
-    model: PreTrainedModel,
-    task: Task,
-    config: Config,
-    plan: Sequence[tuple[int, int]],
-    training: Sequence[Row],
-    valid: Sequence[Row],
-    name: str,
-    resume: bool,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run all stages, or those that a stopped run lacks; returns the figures of each stage and of each update."""
-    begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
-    settings = Settings.of(config, recipe="internalize", model=name, task=task.name, inputs=hashes(task, model, name))
-    progress = Progress(config.out, settings, begin, resume, RunState)
-    state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
-    progress.load(model, optimizer)
+class Stages:
+    """All stages of a run: what it trains, on what, and where it is, which ``state`` says as in ``RunState``."""
 
-    def gradient(step: int) -> dict[str, Any]:
-        seed = mix_seed(config.seed, step)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: Task,
+        config: Config,
+        plan: Sequence[tuple[int, int]],
+        training: Sequence[Row],
+        valid: Sequence[Row],
+        name: str,
+        resume: bool,
+    ):
+        self.model, self.task, self.config = model, task, config
+        self.plan, self.training, self.valid = plan, training, valid
+        begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
+        settings = Settings.of(config, recipe="internalize", model=name, task=task.name, inputs=hashes(task, model, name))
+        self.progress = Progress(config.out, settings, begin, resume, RunState)
+        self.state, self.optimizer = self.progress.state, adamw(model, config.learning_rate, config.weight_decay)
+        self.progress.load(model, self.optimizer)
+
+    def run(self) -> None:
+        """Run all stages, or those that a stopped run lacks."""
+        config, state = self.config, self.state
+        while state["stage"] < len(self.plan):
+            removed, updates = self.plan[state["stage"]]
+            # As published, not after a batch without chains: with few long chains left, a token more changes little.
+            if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
+                self.optimizer = adamw(self.model, config.learning_rate, config.weight_decay)
+            if updates:
+                options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
+                steps = state["step"] - state["done"] + updates
+                train(self.model, self.optimizer, steps, self.gradient, after=self.after, progress=self.progress, **options)
+            else:
+                self.finish(self.measure())
+                self.progress.save(self.model, self.optimizer)
+            if removed == 0 < updates and state["lines"][-1]["accuracy"] == 0:
+                raise ValueError(
+                    f"internalize: after {state['step']} updates with the whole chain no held-out answer is right, so "
+                    "there is nothing to internalise: train longer, or with another learning rate"
+                )
+
+    @property
+    def removed(self) -> int:
+        """How many tokens are gone in the current stage."""
+        return self.plan[self.state["stage"]][0]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the current stage is the last one, which has no chain."""
+        return self.state["stage"] == len(self.plan) - 1
+
+    def gradient(self, step: int) -> dict[str, Any]:
+        """Leave the gradient of an update in the model; returns its figures."""
+        config, seed = self.config, mix_seed(self.config.seed, step)
         torch.manual_seed(seed)  # for dropout
-        rows = [training[i] for i in texts_of_step(len(training), config.batch_size, config.seed, step)]
-        lost = removals(len(rows), removed, config.smoothing, torch.Generator().manual_seed(seed))
+        chosen = texts_of_step(len(self.training), config.batch_size, config.seed, step)
+        rows = [self.training[i] for i in chosen]
+        lost = removals(len(rows), self.removed, config.smoothing, torch.Generator().manual_seed(seed))
         lengths = torch.tensor([len(row.cot_ids) for row in rows])
-        lost, state["chainless"] = torch.minimum(lost, lengths), bool((lost >= lengths).all())
-        completions = [shortened(task, *pair, config.side) for pair in zip(rows, lost.tolist(), strict=True)]
-        model.train()
-        values, mask = logprob(model, [row.prompt_ids for row in rows], completions, lost if config.keep_position else 0)
+        lost, self.state["chainless"] = torch.minimum(lost, lengths), bool((lost >= lengths).all())
+        completions = [shortened(self.task, *pair, config.side) for pair in zip(rows, lost.tolist(), strict=True)]
+        self.model.train()
+        prompts = [row.prompt_ids for row in rows]
+        values, mask = logprob(self.model, prompts, completions, lost if config.keep_position else 0)
         loss = -values.sum() / mask.sum()
         loss.backward()
         # A failing stage shows in the first token: the answer follows from the rest of the chain, but that from nothing.
         first = -float(values[:, 0].detach().mean())
-        return {"removed": removed, "loss": float(loss.detach()), "first_token_loss": first, "tokens": int(mask.sum())}
+        figures = {"loss": float(loss.detach()), "first_token_loss": first, "tokens": int(mask.sum())}
+        return {"removed": self.removed, **figures}
 
-    def measure() -> dict[str, Any]:
+    def after(self, line: dict[str, Any]) -> None:
+        """Measure the model at the end of each stage, and in the last one every ``eval_every`` updates."""
+        self.state["done"] += 1
+        done, updates = self.state["done"], self.plan[self.state["stage"]][1]
+        if done == updates or (self.is_last and done % self.config.eval_every == 0):
+            found = self.measure()
+            line["accuracy"] = found["accuracy"]
+            if done == updates:
+                self.finish(found)
+
+    def measure(self) -> dict[str, Any]:
         """Only a model without a chain can be the best one: while it still writes the chain it is better."""
-        found = evaluate(model, task, valid, removed, config)
-        if last and (state["best"] is None or found["accuracy"] > state["best"]["accuracy"]):
-            state["best"] = found
-            save_model(Path(config.out) / MODEL, model, task, found)
+        found, best = evaluate(self.model, self.task, self.valid, self.removed, self.config), self.state["best"]
+        if self.is_last and (best is None or found["accuracy"] > best["accuracy"]):
+            self.state["best"] = found
+            save_model(Path(self.config.out) / MODEL, self.model, self.task, found)
         return found
 
-    def after(line: dict[str, Any]) -> bool:
-        state["done"] += 1
-        if state["done"] % every and state["done"] < most:
-            return False
-        found = measure()
-        line["accuracy"] = found["accuracy"]
-        passed = gated and found["accuracy"] >= config.gate
-        if passed or state["done"] == most:
-            finish(found)
-        return passed
-
-    def finish(found: dict[str, Any]) -> None:
-        state["lines"].append({"removed": removed, "steps": state["done"], **(state["best"] if last else found)})
-        state.update(stage=state["stage"] + 1, done=0)
-        save_model(Path(config.out) / STAGES / f"removed-{removed:03d}", model, task, state["lines"][-1])
-        log_figures(config.out, state["lines"][-1])
-
-    while state["stage"] < len(plan):
-        removed, scheduled = plan[state["stage"]]
-        last = state["stage"] == len(plan) - 1
-        gated = config.gate > 0 and not last
-        most = scheduled * (config.gate_rounds if gated else 1)
-        every = scheduled if gated else config.eval_every if last else most
-        # As published, not after a batch without chains: with few long chains left, a token more changes little.
-        if config.reset_optimizer and state["done"] == 0 and not state["chainless"]:
-            optimizer = adamw(model, config.learning_rate, config.weight_decay)
-        if most:
-            options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
-            steps = state["step"] - state["done"] + most
-            train(model, optimizer, steps, gradient, after=after, progress=progress, **options)
-        else:
-            finish(measure())
-            progress.save(model, optimizer)
-        if removed == 0 < scheduled and state["lines"][-1]["accuracy"] == 0:
-            raise ValueError(
-                f"internalize: after {state['step']} updates with the whole chain no held-out answer is right, so "
-                "there is nothing to internalise: train longer, or with another learning rate"
-            )
-    return state["lines"], progress.metrics.lines
+    def finish(self, found: dict[str, Any]) -> None:
+        """Save the stage's model and figures, and go on to the next stage."""
+        figures = self.state["best"] if self.is_last else found
+        line = {"removed": self.removed, "steps": self.state["done"], **figures}
+        folder = Path(self.config.out) / STAGES / f"removed-{self.removed:03d}"
+        self.state["lines"].append(line)
+        self.state.update(stage=self.state["stage"] + 1, done=0)
+        save_model(folder, self.model, self.task, line)
+        log_figures(self.config.out, line)
 
 
 class Line(msgspec.Struct):
@@ -342,27 +355,18 @@ def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
+    """Plot a run's report."""
     stages, training = report["stages"], report["training"]
     last = {name: report[name] for name in ("full chain", "internalized", "no chain") if name in report}
     speed = {"each stage": [[(x["problems_per_second"], x["accuracy"]) for x in stages]]}
     speed |= {f"{name}, test": [[(x["problems_per_second"], x["accuracy"])]] for name, x in last.items()}
     removals = [a["step"] for a, b in zip(training, training[1:], strict=False) if a["removed"] != b["removed"]]
-    panels(
-        path,
-        title,
-        [
-            Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
-            Panel("problems per second", "accuracy", speed),
-            Panel(
-                "update; lines where a token is removed",
-                "training loss, nats",
-                {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")},
-                marks=removals,
-            ),
-            Panel(
-                "digit of the answer, in the order written",
-                "accuracy on test problems",
-                {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()},
-            ),
-        ],
-    )
+    curves = {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")}
+    digits = {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()}
+    drawn = [
+        Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
+        Panel("problems per second", "accuracy", speed),
+        Panel("update; lines where a token is removed", "training loss, nats", curves, marks=removals),
+        Panel("digit of the answer, in the order written", "accuracy on test problems", digits),
+    ]
+    panels(path, title, drawn)

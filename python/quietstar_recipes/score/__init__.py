@@ -1,5 +1,6 @@
 """Teach a model to correct its own answers, by reinforcement learning (SCoRe)."""
 
-from quietstar_recipes.score.run import Config, Score, score
+from quietstar_recipes.score.command import Score
+from quietstar_recipes.score.run import Config, score
 
 __all__ = ["Config", "Score", "score"]

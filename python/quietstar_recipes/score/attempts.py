@@ -216,7 +216,7 @@ def reaching(samples: Sequence[Sample], budget: int) -> Sequence[Sample]:
     return samples[:count]
 
 
-class Figures(msgspec.Struct):
+class AttemptFigures(msgspec.Struct):
     """What a report has about a model, and a plot shows."""
 
     problems: Annotated[int, msgspec.Meta(ge=1)]
@@ -243,6 +243,7 @@ def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
     known = as_type(list[Line], lines, "metrics.jsonl")
 
     def over(*names: str) -> dict[str, list[Points]]:
+        """Means of both attempts' figures over a few updates at a time."""
         width = max(1, len(known) // POINTS)
         parts = [known[i : i + width] for i in range(0, len(known), width)]
         return {
@@ -264,12 +265,7 @@ def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
     ends = [b.step - 1 for a, b in zip(known, known[1:], strict=False) if a.stage != b.stage]
     plots = [
         Panel("update", "reward of an attempt", over("accuracy_first", "accuracy_second"), marks=ends),
-        Panel(
-            "update",
-            "divergence from the base model, nats per token",
-            over("divergence_first", "divergence_second"),
-            marks=ends,
-        ),
+        Panel("update", "divergence from the base, nats per token", over("divergence_first", "divergence_second"), marks=ends),
         Panel("attempt", "accuracy on test problems", in_a_row),
         Panel("share of tokens that the second attempt changes", "share of test problems", histogram),
         Panel("tokens generated per problem", "accuracy of the majority vote", bought),

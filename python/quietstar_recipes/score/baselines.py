@@ -14,15 +14,14 @@ from transformers import PreTrainedModel
 
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.solutions import revision_prompt
+from quietstar_recipes.common.training import Example
 from quietstar_recipes.score.attempts import attempt
 from quietstar_recipes.tasks import Row, Task
-
-Examples = list[tuple[list[int], list[int]]]  # ids of a prompt and of its completion, for ``sft``
 
 
 def paired(
     model: PreTrainedModel, task: Task, rows: Sequence[Row], samples: int, sampling: dict[str, Any], seed: int
-) -> Examples:
+) -> list[Example]:
     """Pair-SFT: a wrong attempt and the request to look again, followed by a right attempt at the same problem.
 
     Both are among ``samples`` independent first attempts, and each is in one pair at most (after arXiv 2211.00053).
@@ -31,7 +30,7 @@ def paired(
         rows: problems to attempt.
         sampling: the arguments of ``rollout``, except the seed.
     """
-    examples: Examples = []
+    examples: list[Example] = []
     written = rollout(model, task, [row.prompt_ids for row in rows], samples, **sampling, seed=seed)
     for row, completions in zip(rows, written, strict=True):
         right = [task.trimmed(x.ids) for x in completions if task.check(row, x.ids)]
@@ -42,7 +41,7 @@ def paired(
 
 def corrected(
     model: PreTrainedModel, task: Task, rows: Sequence[Row], samples: int, sampling: dict[str, Any], seed: int
-) -> Examples:
+) -> list[Example]:
     """STaR on second attempts: those of the model that are right after a wrong first one.
 
     Args:
@@ -51,8 +50,5 @@ def corrected(
     """
     attempts = attempt(model, task, [row for row in rows for _ in range(samples)], sampling, seed)
     fixed = (attempts.rewards[1] > attempts.rewards[0]).tolist()
-    return [
-        (request, task.trimmed(second))
-        for request, second, keep in zip(attempts.requests, attempts.second, fixed, strict=True)
-        if keep
-    ]
+    turns = zip(attempts.requests, attempts.second, fixed, strict=True)
+    return [(request, task.trimmed(second)) for request, second, keep in turns if keep]

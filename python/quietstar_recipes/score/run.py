@@ -14,31 +14,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 from transformers import PreTrainedModel
-from tyro.conf import arg
 
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
-from quietstar.cli.ignored import Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive
-from quietstar_recipes.common.command import TASK, ResumeRun
 from quietstar_recipes.common.evaluation import nothing_solved
 from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating
-from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import Progress, State, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
-from quietstar_recipes.score.attempts import Figures, accuracy_by_attempt, attempt, plot, votes
+from quietstar_recipes.score.attempts import AttemptFigures, accuracy_by_attempt, attempt, plot, votes
 from quietstar_recipes.score.objective import Objective, advantages, by_turn, log_ratios, logprob_and_divergence, loss
 from quietstar_recipes.tasks import Row, Task
 
@@ -111,7 +106,7 @@ class RunState(State):
     """Where a run is, the best checkpoint of the stage, and the figures of the base model and of each finished stage."""
 
     best: Checkpoint | None
-    report: dict[str, Figures]
+    report: dict[str, AttemptFigures]
 
 
 @alone_in_out(Config)
@@ -127,13 +122,10 @@ def score(
 
     Writes the model after the warm-up (two-turns), after stage I (first-stage) and at the end (model), the best checkpoint of
     the latest stage (best), metrics.jsonl with a line per update of the stages, and the report with its plots (score.json,
-    score.png) into ``config.out``. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C finish the current update and save, but for those of the
-    warm-up, which a continued run repeats.
+    score.png) into ``config.out``. Updates of the warm-up are not saved: a continued run repeats them.
 
     Args:
         model: writes an answer, and a second one when asked to.
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue the run in ``config.out``, if there is one.
         base: the model that the divergence is measured from; default ``model`` as it is passed, or after the warm-up. For stage
             II alone, what stage I started with.
 
@@ -141,11 +133,10 @@ def score(
         The model and the report, which holds what ``evaluate`` returns under "base", "stage I" and "stage II".
 
     Raises:
-        ValueError: no chains for the warm-up, no right answer in the first batch, prompts longer than the model's positions, or
-            a run in ``config.out`` that has other settings or was not to be resumed.
-        Interrupted: after a signal, once everything is saved.
+        ValueError: no right answer in the first batch, or prompts longer than the model's positions.
     """
     config = config or Config()
+    # 1. The start: a model that makes second attempts, a copy that stays as it is, and the optimizer.
     settings = Settings.of(config, recipe="score", model=name, task=task.name, inputs=hashes(task, model, name))
     progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, RunState)
     if config.two_turn_steps and not progress.begun:
@@ -155,6 +146,7 @@ def score(
     reference = copy.deepcopy(base or start).eval().requires_grad_(False)
     state, optimizer = progress.state, adamw(model, config.learning_rate, config.weight_decay)
     progress.load(model, optimizer)
+    # 2. What is measured when, and the stages up to there.
     test = task.sample(config.held_out, "test", torch.Generator().manual_seed(config.seed))
     total = config.first_steps + config.second_steps
     ends = {"base": 0, "stage I": config.first_steps or None, "stage II": total if config.second_steps else None}
@@ -167,9 +159,9 @@ def score(
         for end, step in ends.items():
             if step is None or step < state["step"]:
                 continue
-            options: dict[str, Any] = {"name": "score", "clip": config.clip, "save_every": config.save_every}
             gradient = partial(attempt_gradient, model, reference, task, config)
-            train(model, optimizer, step, gradient, after=after, progress=progress, **options)
+            options: dict[str, Any] = {"clip": config.clip, "progress": progress, "save_every": config.save_every}
+            train(model, optimizer, step, gradient, name="score", after=after, **options)
             if state["best"]:
                 model.load_state_dict(load_model(Path(config.out) / BEST, model).state_dict())
             if end not in state["report"]:
@@ -182,6 +174,7 @@ def score(
                 optimizer = adamw(model, config.learning_rate, config.weight_decay)
                 save_model(Path(config.out) / FIRST, model, task, state["report"])
                 progress.save(model, optimizer)  # before stage II overwrites the best checkpoint
+    # 3. What is left at the end.
     save_model(Path(config.out) / MODEL, model, task, state["report"])
     progress.save(model, optimizer)
     write_json(Path(config.out) / REPORT, state["report"])
@@ -283,39 +276,3 @@ def attempt_gradient(model: PreTrainedModel, base: PreTrainedModel, task: Task, 
         "tokens_first": int(tokens[0]),
         "tokens": int(tokens.sum()),
     }
-
-
-COLUMNS = ("accuracy_first", "accuracy_second", "delta", "low", "high", "fixed", "broken", "revised")
-
-
-@dataclass
-class Score:
-    """Teach a model to correct its own answers, by reinforcement learning (SCoRe)."""
-
-    task: TaskConfig
-    recipe: Config
-    model: Annotated[str, arg(help="hub name or folder of a causal language model that solves some of the problems")]
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    ignored: ClassVar[list] = [
-        *TASK,
-        Rule("two_turn_problems two_turn_rate", lambda o: not o.two_turn_steps, "without --two-turn-steps"),
-        Rule("first_kl", lambda o: not o.first_steps, "with --first-steps=0"),
-        Rule("bonus", lambda o: not o.second_steps, "with --second-steps=0"),
-        Rule("bonus credit", lambda o: o.single_turn, "with --single-turn"),
-    ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        _, report = score(model, task, self.recipe, self.model, bool(self.resume))
-        later = [f"attempt {number}" for number in range(3, self.recipe.attempts + 1)]
-        rows = [
-            {"test_problems": name, **figures, **dict(zip(later, figures["accuracy_by_attempt"][2:], strict=True))}
-            for name, figures in report.items()
-        ]
-        columns = ("test_problems", *COLUMNS, *later)
-        print(f"{task.name}; fixed and broken are shares of all problems\n{table(rows, columns)}")
-        print(f"saved {Path(self.recipe.out) / MODEL}")

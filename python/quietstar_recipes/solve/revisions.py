@@ -20,8 +20,6 @@ from quietstar_recipes.solve.budgets import Chains
 from quietstar_recipes.solve.values import Valued, train_values, values
 from quietstar_recipes.tasks import Row, Task
 
-Attempts = list[list[list[int]]]  # ids of the attempts of each chain
-
 
 def revise(
     model: PreTrainedModel,
@@ -64,8 +62,8 @@ def write_chains(
     return chains
 
 
-def with_history(task: Task, owners: Sequence[Row], chains: Attempts) -> tuple[list[list[int]], list[list[int]]]:
-    """For each attempt of all chains, the prompt that it was written after, and its ids."""
+def with_history(task: Task, owners: Sequence[Row], chains: list[list[list[int]]]) -> tuple[list[list[int]], list[list[int]]]:
+    """For each attempt of all chains, which are ids, the prompt that it was written after, and its own ids."""
     pairs = [
         (revision_prompt(task, row, chain[:number]), ids)
         for row, chain in zip(owners, chains, strict=True)
@@ -150,22 +148,20 @@ def train_chain_verifier(
     steps: int,
     sft_config: SFTConfig,
     sampling: Sampling,
-    history: bool = True,
 ) -> PreTrainedModel:
-    """A copy of ``start`` that has learnt from chains of the reviser whether an attempt is right.
+    """A copy of ``start`` that has learnt from chains of the reviser whether an attempt is right, given the earlier ones.
 
     The paper trains this outcome verifier because one that learnt from the first model's solutions judges revisions less well
     (appendix J).
 
     Args:
         attempts: in each row's chain.
-        history: whether it sees an attempt's earlier ones.
     """
     elsewhere = mix_seed(sampling.seed, -6)
     chains = write_chains(reviser, task, rows, [attempts] * len(rows), replace(sampling, seed=elsewhere))
     prompts, solutions = with_history(task, rows, [[task.trimmed(x.ids) for x in chain] for chain in chains])
     learnt = [
-        Valued(i // attempts, prompt if history else row.prompt_ids, ids, [len(ids)], [float(task.check(row, ids))])
+        Valued(i // attempts, prompt, ids, [len(ids)], [float(task.check(row, ids))])
         for i, (prompt, ids) in enumerate(zip(prompts, solutions, strict=True))
         if task.answer(row := rows[i // attempts], ids) is not None
     ]

@@ -11,25 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from tyro.conf import arg
 
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
-from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, selectors
-from quietstar_recipes.common.command import TASK
-from quietstar_recipes.common.models import TaskConfig, load
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.saving import save_model, write_json, write_lines
 from quietstar_recipes.common.selectors import Sample, Selector, best, majority, powers_of_two, weighted
-from quietstar_recipes.common.solutions import Scorer, likelihood_scorer, to_samples
+from quietstar_recipes.common.solutions import Scorer, to_samples
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.solve.budgets import (
     BINS,
@@ -52,7 +47,6 @@ from quietstar_recipes.solve.revisions import revise, train_chain_verifier, trai
 from quietstar_recipes.solve.search import search
 from quietstar_recipes.solve.values import roll_out, train_values, value_scorer, values
 from quietstar_recipes.tasks import Row, Task
-from quietstar_recipes.vstar.verifier import load_verifier
 
 BEST, WEIGHTED = "best of k, process verifier", "weighted vote, process verifier"
 BEAM, LOOKAHEAD = "beam search", "look-ahead search"
@@ -73,8 +67,9 @@ class Config(SFTConfig, Sampling):
     revise_steps: int = option(0, "training steps on revisions of the model's own attempts, before it revises")
     revise_problems: int = option(2000, "training problems for those steps, and for the verifier of chains")
     revise_samples: int = option(64, "solutions of each of them to learn revisions from")
-    judge_steps: int = option(0, "training steps of a verifier of the chains' attempts; 0 scores them as solutions")
-    history: bool = option(True, "whether that verifier sees the earlier attempts")
+    judge_steps: int = option(
+        0, "training steps of a verifier of the chains' attempts, which sees the earlier ones; 0 scores them as solutions"
+    )
     process_steps: int = option(0, "training steps of a process verifier, which leads a search; 0 for none")
     process_problems: int = option(1000, "training problems for those steps")
     process_samples: int = option(16, "solutions of each of them")
@@ -90,31 +85,6 @@ class Config(SFTConfig, Sampling):
         check_at_least("solve", self, 0, none_allowed)
         check("solve", self, "beam_width", self.beam_width.bit_count() == 1, "a power of 2")
         check("solve", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
-
-
-@dataclass(frozen=True)
-class Models:
-    """Who writes and who judges.
-
-    Attributes:
-        scorer: of solutions.
-        process: a process verifier.
-        reviser: writes chains.
-        judge: of the attempts in these, given the earlier ones; without one they are scored as solutions are.
-    """
-
-    model: PreTrainedModel
-    scorer: Scorer | None
-    process: PreTrainedModel | None
-    reviser: PreTrainedModel
-    judge: PreTrainedModel | None
-
-    def any_scorer(self, task: Task, batch_size: int) -> Scorer | None:
-        """The scorer of solutions or, without one, the process verifier's."""
-        return self.scorer or (value_scorer(self.process, task, batch_size) if self.process else None)
-
-
-Tables = dict[str, dict[str, Table]]  # by the kind of method: "parallel", "search", "sequential", and "splits" into chains
 
 
 @alone_in_out(Config)
@@ -146,6 +116,7 @@ def solve(
     Raises:
         ValueError: no solution has an answer that can be read, or there are too few validation problems.
     """
+    # 1. N solutions of each problem, whose mean length is the unit of the budgets.
     rows = task.sample(config.problems, "test", torch.Generator().manual_seed(mix_seed(config.seed, 0)))
     valid_rows = validation_rows(task, config)
     written = write(model, task, rows, config)
@@ -156,17 +127,19 @@ def solve(
     write_lines(out / "samples.jsonl", [[asdict(x) for x in several] for several in samples])
     unit = sum(x.tokens for several in samples for x in several) / (len(rows) * config.samples)
     budgets = [k * unit for k in powers_of_two(config.samples)]
-    models = train(model, task, config, scorer, process)
-    kinds, chains = spend_all(models, task, rows, written, config, budgets)
+    # 2. The other models, and what each way of spending the budgets reaches.
+    methods = make_methods(model, task, config, scorer, process)
+    kinds, chains = methods.spend(rows, written, config, budgets)
     if chains:
         write_lines(out / "chains.jsonl", [[[asdict(x) for x in chain] for chain in problem] for problem in chains])
     tables = {name: table for of_kind in kinds.values() for name, table in of_kind.items()} | {"oracle": oracle(samples, unit)}
+    # 3. The report, with a larger model and with ways chosen by difficulty where these are wanted.
     report: dict[str, Any] = {"task": task.name, "problems": len(rows), "config": asdict(config)}
     report["greedy"] = summary(greedy(model, task, rows, config))
     if larger:
         report["larger"], tables[LARGER] = with_larger(model, *larger, config, budgets)
     if valid_rows:
-        report["by_difficulty"], report["chosen"], chosen = choose(models, task, valid_rows, rows, kinds, config, budgets)
+        report["by_difficulty"], report["chosen"], chosen = methods.choose(valid_rows, rows, kinds, config, budgets)
         tables |= chosen
     report["curves"] = {name: curve(table, budgets) for name, table in tables.items()}
     write_json(out / "test_time.json", report)
@@ -185,10 +158,15 @@ def validation_rows(task: Task, config: Config) -> list[Row]:
     return rows
 
 
-def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None) -> Models:
-    """The models that ``config`` asks for."""
+def make_methods(
+    model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | None, process: PreTrainedModel | None
+) -> Methods:
+    """Train the models that ``config`` asks for; a process verifier is saved in the folder process of ``config.out``."""
     if config.process_steps and process is None:
-        process = train_process_verifier(model, task, config)
+        rows = task.sample(config.process_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -7)))
+        solutions = roll_out(model, task, rows, config.process_samples, config.rollouts, config)
+        process, losses = train_values(model, task, solutions, config.process_steps, config, config.seed)
+        save_model(Path(config.out) / "process", process, task, {"solutions": len(solutions), "held_out_losses": losses})
     reviser, judge = model, None
     if config.attempts and (config.revise_steps or config.judge_steps):
         rows = task.sample(config.revise_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
@@ -196,19 +174,8 @@ def train(model: PreTrainedModel, task: Task, config: Config, scorer: Scorer | N
             reviser = train_reviser(model, task, rows, config.revise_samples, config.revise_steps, config, config)
         if config.judge_steps:
             attempts = chain_lengths(config)[0]
-            judge = train_chain_verifier(
-                reviser, model, task, rows, attempts, config.judge_steps, config, config, config.history
-            )
-    return Models(model, scorer, process, reviser, judge)
-
-
-def train_process_verifier(model: PreTrainedModel, task: Task, config: Config) -> PreTrainedModel:
-    """A process verifier of the model's solutions, which is saved in the folder process of ``config.out``."""
-    rows = task.sample(config.process_problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, -7)))
-    solutions = roll_out(model, task, rows, config.process_samples, config.rollouts, config)
-    process, losses = train_values(model, task, solutions, config.process_steps, config, config.seed)
-    save_model(Path(config.out) / "process", process, task, {"solutions": len(solutions), "held_out_losses": losses})
-    return process
+            judge = train_chain_verifier(reviser, model, task, rows, attempts, config.judge_steps, config, config)
+    return Methods(model, task, scorer, process, reviser, judge)
 
 
 def draw(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config, scorer: Scorer | None) -> list[list[Sample]]:
@@ -232,73 +199,6 @@ def with_larger(
     costly = [[replace(x, tokens=round(x.tokens * times)) for x in several] for several in samples]
     figures = {"times": times, "greedy": summary(greedy(larger, task, rows, config, times))}
     return figures, side_by_side(costly, budgets, False)["majority"]
-
-
-def choose(
-    models: Models,
-    task: Task,
-    valid_rows: Sequence[Row],
-    rows: Sequence[Row],
-    kinds: Tables,
-    config: Config,
-    budgets: Sequence[float],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Table]]:
-    """All methods by difficulty; and for searches and for splits into chains, what ``compute_optimal`` returns."""
-    elsewhere = replace(config, seed=mix_seed(config.seed, -3))
-    tried, _ = spend_all(models, task, valid_rows, write(models.model, task, valid_rows, elsewhere), elsewhere, budgets)
-    # Other samples than those that are spent, which would already know how they end.
-    scorer = models.any_scorer(task, config.batch_size)
-    again = replace(config, seed=mix_seed(config.seed, -5))
-    valid, test = (draw(models.model, task, several, again, scorer) for several in (valid_rows, rows))
-    found: dict[str, Table] = {}
-    chosen = []
-    for kind in ("search", "splits"):
-        if kind in kinds:
-            tables, of_kind = compute_optimal(valid, test, tried[kind], kinds[kind])
-            found |= {f"{name}, {kind}": table for name, table in tables.items()}
-            chosen += [{"kind": kind, **row} for row in of_kind]
-    everything = {name: table for of_kind in kinds.values() for name, table in of_kind.items()}
-    return by_difficulty(valid, test, everything | found), chosen, found
-
-
-def spend_all(
-    models: Models,
-    task: Task,
-    rows: Sequence[Row],
-    written: Sequence[Sequence[Completion]],
-    config: Config,
-    budgets: Sequence[float],
-) -> tuple[Tables, Chains]:
-    """Solve these rows in all ways that the models allow.
-
-    Args:
-        written: N solutions of each row, for the methods that only choose.
-        budgets: for about 1, 2, 4, ... N solutions.
-
-    Returns:
-        What each budget buys, and the chains.
-    """
-    samples = to_samples(task, rows, written, models.scorer)
-    tables = {"parallel": side_by_side(samples, budgets, models.scorer is not None)}
-    if models.process:
-        tables["search"] = searched(models.model, models.process, task, rows, written, config, budgets)
-    if not config.attempts:
-        return tables, []
-    until = chain_lengths(config)
-    scorer = models.any_scorer(task, config.batch_size)
-    chains = revise(models.reviser, task, rows, until, config, scorer, models.judge)
-    scored = bool(scorer or models.judge)
-    picks: dict[str, ChainSelector] = {"majority": from_all(majority), "last": lambda some: some[-1][-1]}
-    picks |= {"verifier": selectors.hierarchical} if scored else {}
-    longest = [split(problem, until[0]) for problem in chains]
-    tables["sequential"] = {f"sequential, {name}": measure(longest, pick, budgets) for name, pick in picks.items()}
-    if config.valid_problems:
-        pick = picks.get("verifier", picks["majority"])
-        tables["splits"] = {
-            f"chains of {length}": measure([split(problem, length) for problem in chains], pick, budgets)
-            for length in powers_of_two(until[0])
-        }
-    return tables, chains
 
 
 def write(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: Config) -> list[list[Completion]]:
@@ -348,6 +248,80 @@ def searched(
     return tables
 
 
+Tables = dict[str, dict[str, Table]]  # by the kind of method: "parallel", "search", "sequential", and "splits" into chains
+
+
+@dataclass(frozen=True)
+class Methods:
+    """All ways to solve problems that the models allow.
+
+    Attributes:
+        scorer: of solutions.
+        process: a process verifier.
+        reviser: writes chains.
+        judge: of the attempts in these, given the earlier ones; without one they are scored as solutions are.
+    """
+
+    model: PreTrainedModel
+    task: Task
+    scorer: Scorer | None
+    process: PreTrainedModel | None
+    reviser: PreTrainedModel
+    judge: PreTrainedModel | None
+
+    def any_scorer(self, config: Config) -> Scorer | None:
+        """The scorer of solutions or, without one, the process verifier's."""
+        return self.scorer or (value_scorer(self.process, self.task, config.batch_size) if self.process else None)
+
+    def spend(
+        self, rows: Sequence[Row], written: Sequence[Sequence[Completion]], config: Config, budgets: Sequence[float]
+    ) -> tuple[Tables, Chains]:
+        """Solve these rows in all ways; returns what each budget buys, and the chains.
+
+        Args:
+            written: N solutions of each row, for the methods that only choose.
+            budgets: for about 1, 2, 4, ... N solutions.
+        """
+        samples = to_samples(self.task, rows, written, self.scorer)
+        tables = {"parallel": side_by_side(samples, budgets, self.scorer is not None)}
+        if self.process:
+            tables["search"] = searched(self.model, self.process, self.task, rows, written, config, budgets)
+        if not config.attempts:
+            return tables, []
+        until, scorer = chain_lengths(config), self.any_scorer(config)
+        chains = revise(self.reviser, self.task, rows, until, config, scorer, self.judge)
+        picks: dict[str, ChainSelector] = {"majority": from_all(majority), "last": lambda some: some[-1][-1]}
+        picks |= {"verifier": selectors.hierarchical} if scorer or self.judge else {}
+        longest = [split(problem, until[0]) for problem in chains]
+        tables["sequential"] = {f"sequential, {name}": measure(longest, pick, budgets) for name, pick in picks.items()}
+        if config.valid_problems:
+            pick = picks.get("verifier", picks["majority"])
+            tables["splits"] = {
+                f"chains of {length}": measure([split(problem, length) for problem in chains], pick, budgets)
+                for length in powers_of_two(until[0])
+            }
+        return tables, chains
+
+    def choose(
+        self, valid_rows: Sequence[Row], rows: Sequence[Row], kinds: Tables, config: Config, budgets: Sequence[float]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Table]]:
+        """All methods by difficulty; and for searches and for splits into chains, what ``compute_optimal`` returns."""
+        elsewhere = replace(config, seed=mix_seed(config.seed, -3))
+        tried, _ = self.spend(valid_rows, write(self.model, self.task, valid_rows, elsewhere), elsewhere, budgets)
+        # Other samples than those that are spent, which would already know how they end.
+        again, scorer = replace(config, seed=mix_seed(config.seed, -5)), self.any_scorer(config)
+        valid, test = (draw(self.model, self.task, several, again, scorer) for several in (valid_rows, rows))
+        found: dict[str, Table] = {}
+        chosen = []
+        for kind in ("search", "splits"):
+            if kind in kinds:
+                tables, of_kind = compute_optimal(valid, test, tried[kind], kinds[kind])
+                found |= {f"{name}, {kind}": table for name, table in tables.items()}
+                chosen += [{"kind": kind, **row} for row in of_kind]
+        everything = {name: table for of_kind in kinds.values() for name, table in of_kind.items()}
+        return by_difficulty(valid, test, everything | found), chosen, found
+
+
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Plot accuracy over tokens, of parallel solutions and search and of chains, and over difficulty at the largest budget."""
     greedy = {"greedy": [[(report["greedy"]["tokens"], report["greedy"]["accuracy"])]]}
@@ -366,64 +340,3 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             if shown
         ]
     plots.panels(path, f"{report['task']}, {report['problems']} test problems", panels)
-
-
-SFT = "learning_rate warmup weight_decay clip batch_tokens lora_rank lora_targets lora_alpha lora_dropout"
-
-
-def revises(o: Any) -> bool:
-    return bool(o.attempts and (o.revise_steps or o.judge_steps))
-
-
-def trains_process(o: Any) -> bool:
-    return bool(o.process_steps and not o.process_verifier)
-
-
-@dataclass
-class Solve:
-    """Compare uses of more tokens on test problems: votes, best of k, search, revisions."""
-
-    task: TaskConfig
-    recipe: Config
-    model: Annotated[str, arg(help="hub name or folder of a causal language model, such as a round of star or vstar")]
-    verifier: Annotated[str, arg(help="the verifier of a vstar run; default none")] = ""
-    process_verifier: Annotated[str, arg(help="the folder process of another run of solve, instead of training one")] = ""
-    larger: Annotated[str, arg(help="a larger model to compare with, at equal FLOPs; default none")] = ""
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-
-    ignored: ClassVar[list] = [
-        *TASK,
-        Rule("revise_steps judge_steps", lambda o: not o.attempts, "with --attempts=0"),
-        Rule("revise_samples", lambda o: not (o.revise_steps and o.attempts), "without --revise-steps"),
-        Rule("history", lambda o: not (o.judge_steps and o.attempts), "without --judge-steps"),
-        Rule("revise_problems", lambda o: not revises(o), "without --revise-steps or --judge-steps"),
-        Rule("process_steps", lambda o: bool(o.process_verifier), "with --process-verifier"),
-        Rule("process_problems process_samples rollouts", lambda o: not trains_process(o), "without --process-steps"),
-        Rule(
-            "beam_width lookahead",
-            lambda o: not (o.process_steps or o.process_verifier),
-            "without --process-steps or --process-verifier",
-        ),
-        Rule(SFT, lambda o: not (revises(o) or trains_process(o)), "without --revise-steps, --judge-steps or --process-steps"),
-        *LORA,
-    ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        verifier = load_verifier(self.verifier, self.model, model, task) if self.verifier else None
-        scorer = likelihood_scorer(verifier, self.recipe.batch_size) if verifier else None
-        process = load_verifier(self.process_verifier, self.model, model, task) if self.process_verifier else None
-        larger = load(self.larger, self.task, self.dtype, self.allow_bin) if self.larger else None
-        report = solve(model, task, self.recipe, scorer, process, larger)
-        rows = [{"method": "greedy", **report["greedy"]}]
-        rows += [{"method": "larger model, greedy", **report["larger"]["greedy"]}] if larger else []
-        rows += [{"method": name, **point} for name, points in report["curves"].items() for point in points]
-        print(f"{task.name}, {report['problems']} test problems; budget and tokens are per problem")
-        print(table(rows, ("method", "budget", "tokens", "accuracy", "low", "high")))
-        if chosen := report.get("chosen"):
-            print("chosen on validation problems for the largest budget, and its accuracy on test problems")
-            shown = [{**row, "accuracy": row["accuracy"][row["chosen"]]} for row in chosen]
-            print(table(shown, ("kind", "bins", "difficulty", "problems", "chosen", "accuracy")))
-        print(f"wrote {Path(self.recipe.out) / 'test_time.json'}")

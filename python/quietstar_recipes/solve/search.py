@@ -81,6 +81,7 @@ def search(
         return [extended(task, x, step, sampling.max_new) for x, [step] in zip(begun, steps, strict=True)]
 
     for number in range(ROUNDS):
+        # 1. Each candidate writes a step, and is valued there or some greedy steps ahead.
         candidates = write(open_beams, mix_seed(sampling.seed, number))
         ahead = list(candidates)
         for _ in range(lookahead):
@@ -89,6 +90,7 @@ def search(
                 ahead[i] = x
         found = value([prompts[x.owner] for x in ahead], [x.ids for x in ahead])
         candidates = [replace(x, value=y) for x, y in zip(candidates, found, strict=True)]
+        # 2. Of each problem the best go on, in several copies, and whole ones are put aside.
         open_beams = []
         for owner, several in groupby(candidates, key=lambda x: x.owner):
             of_problem = list(several)

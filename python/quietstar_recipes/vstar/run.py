@@ -11,39 +11,23 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.cli.common import AllowBin, WeightsDtype, cell, check_out_folder, table
-from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
-from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_types
-from quietstar_recipes.common import plots, selectors
-from quietstar_recipes.common.command import MEASURED, TASK, ResumeRun, StartModel, check_start, saved_rounds
+from quietstar_recipes.common import plots, saving, selectors
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
-from quietstar_recipes.common.log import log_figures
-from quietstar_recipes.common.models import TaskConfig, load
+from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
-from quietstar_recipes.common.saving import (
-    REPORT,
-    Count,
-    Rounds,
-    fingerprint,
-    hashes,
-    load_model,
-    read_report,
-    save_model,
-    write_json,
-)
+from quietstar_recipes.common.saving import Count, Rounds, fingerprint, hashes, load_model
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
 from quietstar_recipes.common.training import Example, SFTConfig, sft
@@ -60,7 +44,6 @@ class Config(SFTConfig, Sampling, DPO):
     out: str = option("runs/vstar", "folder of the run: round-00 (the start), round-01, ..., verifier", may_differ=True)
     rounds: int = option(3, "how often to draw solutions and train the generator on the right ones", may_differ=True)
     problems: int = option(2000, "training problems to sample solutions of, in each round")
-    fresh_problems: bool = option(False, "draw other problems in each round; the paper keeps to the same ones")
     samples: int = option(16, "solutions of each problem in each round")
     sft_problems: int = option(2000, "problems whose own chains the supervised start learns from")
     sft_steps: int = option(0, "steps of the supervised start; 0 if the model solves problems already")
@@ -96,33 +79,27 @@ def vstar(
     Writes the rounds, the verifier, vstar.json and, with matplotlib, vstar.png into ``config.out``, where the link best leads
     to the round whose greedy answers to validation problems are best. The verifier is measured on solutions of the last one.
 
-    Args:
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue after the last complete round in ``config.out``, if there is one.
-
     Returns:
         Generator, verifier and the report: rounds; verifier (number of pairs, first and last loss, on held-out pairs the loss
         and the share in the right order, and the accuracy of its own greedy answers); k and curves, accuracies over k; and auc
         and auc_ratio on test solutions.
 
     Raises:
-        ValueError: no chains for the supervised start, no right solution in the first batch or in a round, no problem with both
-            right and wrong solutions, or a run in ``config.out`` that has other settings or was not to be resumed.
+        ValueError: no chains for the supervised start, no right solution in the first batch or in a round, or no problem with
+            both right and wrong solutions.
     """
+    # 1. The problems, and the solutions that the data have.
     run = Rounds(config.out, Settings.of(config, recipe="vstar", model=name, task=task.name, inputs=hashes(task)), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -2)))
-    rows = task.sample_with_chain(config.sft_problems, generator) if config.sft_steps else []
-    own: list[Solution] = [
-        {"prompt": row.prompt_ids, "ids": task.completion_ids(row), "right": True, "split": "train"} for row in rows
-    ]
-    if config.sft_steps and not own:
-        raise ValueError("vstar: sft_steps needs problems with chains, but the data have none")
+    rows = rows_with_chains(task, config.sft_problems, generator, "vstar") if config.sft_steps else []
+    own = [Solution(prompt=row.prompt_ids, ids=task.completion_ids(row), right=True, split="train") for row in rows]
+    # 2. The start, and the rounds that the run lacks.
     base = fingerprint(model)
     if run.done < 0:
         start = sft(copy.deepcopy(model), right_solutions(own), config.sft_steps, config, config.seed) if own else model
-        figures = measure(start, task, test, valid, config.max_new, config.batch_size)
+        figures = measure(start, task, test, valid, config)
         run.save(0, start, task, {"round": 0, "base": base, **figures}, solutions=[])
     elif run.report(0)["base"] != base:
         raise ValueError(f"{config.out}: the run there started with another model")
@@ -138,17 +115,19 @@ def vstar(
         current = sft(copy.deepcopy(model), examples, config.steps, config, seed, run.log("vstar", number))
         counts = {"drawn": len(solutions), "drawn_right": sum(x["right"] for x in solutions)}
         counts["distinct"] = len({(*prompt, *ids) for prompt, ids in right})
-        figures = {"steps": config.steps, **measure(current, task, test, valid, config.max_new, config.batch_size)}
+        figures = {"steps": config.steps, **measure(current, task, test, valid, config)}
         report = {"round": number, "base": base, **counts, **figures, "seconds": time.perf_counter() - began}
         run.save(number, current, task, report, solutions=solutions)
+    # 3. The verifier, which learns from the solutions of all rounds, and what it chooses from those of the last generator.
     last = load_model(run.folder(config.rounds), model)
     solutions = [x for number in range(1, config.rounds + 1) for x in run.rows(number, "solutions", Solution)]
     verifier, learnt = train_or_load_verifier(run, model, task, config, solutions + own)
     written = write(last, task, test, config)
     found = compare(written, verifier, load_model(run.folder(0), model), task, test, config)
     learnt["accuracy"] = evaluate(verifier, task, test, config.max_new, batch_size=config.batch_size)["accuracy"]
+    # 4. The report and its plot.
     report = {"rounds": run.reports(), "verifier": learnt, **found}
-    write_json(run.out / "vstar.json", report)
+    saving.write_json(run.out / "vstar.json", report)
     title = f"{task.name}, {len(test)} test problems"
     shown = {name: [points] for name, points in reliable_points(report["k"], report["curves"]).items()}
     shown["greedy"] = [[(1, report["rounds"][config.rounds]["accuracy"])]]
@@ -158,15 +137,15 @@ def vstar(
 
 def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> list[Solution]:
     """The solutions of a round: of training problems, and of a tenth as many problems that the verifier is only measured on."""
-    generator = torch.Generator().manual_seed(mix_seed(config.seed, number if config.fresh_problems else 1))
+    generator = torch.Generator().manual_seed(mix_seed(config.seed, 1))
     found: list[Solution] = []
-    pace = Pace()
+
+    def right_so_far() -> int:
+        return sum(x["right"] for x in found)
+
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):
         rows = task.sample(count, split, generator)
-        for start in range(0, len(rows), config.batch_size):
-            if pace.due():
-                log_figures(config.out, {"round": number, "tried": start, "kept": sum(x["right"] for x in found)})
-            batch = rows[start : start + config.batch_size]
+        for _, batch in batches_of_round(rows, config, number, right_so_far):
             seed = mix_seed(mix_seed(config.seed, number), len(found))
             written = rollout(model, task, [row.prompt_ids for row in batch], config.samples, seed=seed, **config.sampling)
             graded = [
@@ -194,7 +173,7 @@ def train_or_load_verifier(
     """The verifier of a run; trained unless the run already has one after as many rounds."""
     folder = run.out / "verifier"
     if folder.exists():
-        report = read_report(folder / REPORT, VerifierReport)
+        report = saving.read_report(folder / saving.REPORT, VerifierReport)
         if report["rounds"] == config.rounds:
             return load_model(folder, model), report
     pairs, held_out = (make_pairs(solutions, split, config.pairs, config.seed) for split in ("train", "valid"))
@@ -209,7 +188,7 @@ def train_or_load_verifier(
     report |= {"first_loss": losses[0], "last_loss": losses[-1]} | measure_pairs(
         verifier, reference, held_out, config.beta, config.batch_size
     )
-    save_model(folder, verifier, task, report)
+    saving.save_model(folder, verifier, task, report)
     return verifier, report
 
 
@@ -267,33 +246,3 @@ def reliable_points(ks: Sequence[int], curves: Mapping[str, Sequence[float]]) ->
         name: [(k, y) for k, y in zip(ks, values, strict=True) if k <= max(1, ks[-1] // (4 if name in VOTES else 2))]
         for name, values in curves.items()
     }
-
-
-COLUMNS = ("round", "drawn", "drawn_right", "distinct", "steps", *MEASURED)
-
-
-@dataclass
-class VStar:
-    """STaR with a verifier, which learns from right and wrong solutions (V-STaR)."""
-
-    task: TaskConfig
-    recipe: Config
-    model: StartModel = ""
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    ignored: ClassVar[list] = [*TASK, *LORA, Rule("sft_problems", lambda o: not o.sft_steps, "without --sft-steps")]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        check_start(self.model, self.recipe.sft_steps)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        _, _, report = vstar(model, task, self.recipe, self.model, bool(self.resume))
-        print(f"{task.name}\n{table(report['rounds'], COLUMNS)}")
-        verifier = report["verifier"]
-        print(f"verifier: {verifier['pairs']} pairs, {verifier['updates']} updates; AUC on test problems {cell(report['auc'])}")
-        sizes = [str(k) for k in report["k"]]
-        rows = [{"best of k by": name, **dict(zip(sizes, values, strict=True))} for name, values in report["curves"].items()]
-        print(f"accuracy over k\n{table(rows, ['best of k by', *sizes])}")
-        print(f"{saved_rounds(self.recipe.out, report['rounds'])}, and {Path(self.recipe.out) / 'verifier'}")

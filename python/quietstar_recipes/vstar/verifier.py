@@ -93,6 +93,7 @@ def train_verifier(
     except ImportError as error:
         raise ValueError("vstar: the verifier needs TRL: pip install trl") from error
     disable_progress_bars()
+    # At most one pass: a verifier that has memorised its pairs ranks others badly.
     steps = min(config.updates, max(1, len(pairs) // config.pair_batch))
     with tempfile.TemporaryDirectory() as folder:
         options = DPOConfig(

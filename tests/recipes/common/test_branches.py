@@ -102,12 +102,6 @@ def test_adapters_are_trained_with_shared_prompts(model, both, task):
     assert_same_gradients(got, want)
 
 
-@pytest.mark.parametrize("batch_size", [256, 3])
-def test_likelihoods_are_the_same(model, both, task, batch_size):
-    prompts, completions = batch(len(task.tokenizer))
-    torch.testing.assert_close(*both(lambda: likelihoods(model, prompts, completions, batch_size)), atol=1e-5, rtol=1e-5)
-
-
 def test_a_forward_is_shared_where_it_saves_tokens(model, task, monkeypatch):
     calls = []
     monkeypatch.setattr(branches, "layouts_on", counted(layouts_on, calls))

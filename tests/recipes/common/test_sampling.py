@@ -1,16 +1,13 @@
 """Completions and their log-probabilities."""
 
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
 from transformers import DynamicCache, modeling_utils
 
 from quietstar_recipes.common.logprobs import likelihoods, logprob
 from quietstar_recipes.common.models import small_model
-from quietstar_recipes.common.sampling import VLLM, rollout, shifted
-from quietstar_recipes.tasks import Multiplication, WordProblems
+from quietstar_recipes.common.sampling import rollout, shifted
+from quietstar_recipes.tasks import WordProblems
 from tests.recipes.conftest import one_by_one, seeded
 
 
@@ -74,35 +71,6 @@ def test_prompts_that_are_too_long(stories):
         rollout(model, task, prompts, max_new=60)
     with pytest.raises(ValueError, match="has 64 positions"):
         logprob(model, [[3] * 60], [[4] * 5])
-
-
-def test_vllm_has_the_same_interface(monkeypatch):
-    """The real engine needs a GPU; this one records its arguments."""
-    asked = {}
-
-    class Engine:
-        def __init__(self, **options):
-            asked["engine"] = options
-
-        def generate(self, prompts, sampling, use_tqdm):
-            asked["prompts"], asked["sampling"] = prompts, sampling
-            answer = SimpleNamespace(
-                token_ids=[5, 1], logprobs=[{5: SimpleNamespace(logprob=-0.5)}, {1: SimpleNamespace(logprob=-1.5)}]
-            )
-            return [SimpleNamespace(outputs=[answer] * sampling["n"]) for _ in prompts]
-
-    vllm = ModuleType("vllm")
-    vllm.LLM, vllm.SamplingParams = Engine, lambda **options: options
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    task = Multiplication(2)
-    written = rollout(VLLM("folder"), task, [[3, 4], [5]], 2, temperature=0.7, top_p=0.9, max_new=9, seed=3)
-    assert [[(x.ids, x.logprob) for x in several] for several in written] == [[([5, 1], [-0.5, -1.5])] * 2] * 2
-    assert asked["engine"] == {"model": "folder"} and asked["prompts"] == [
-        {"prompt_token_ids": [3, 4]},
-        {"prompt_token_ids": [5]},
-    ]
-    assert {"n": 2, "temperature": 0.7, "top_p": 0.9, "max_tokens": 9, "seed": 3}.items() <= asked["sampling"].items()
-    assert asked["sampling"]["stop_token_ids"] == [task.end_id]
 
 
 def test_a_small_model_does_not_warn_of_a_mask_that_it_was_given(stories, monkeypatch):

@@ -11,29 +11,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from quietstar.cli.common import AllowBin, WeightsDtype, check_out_folder, table
-from quietstar.cli.ignored import LORA, Rule
 from quietstar.config import option
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
-from quietstar.run.metrics import Pace
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
-from quietstar_recipes.common.command import MEASURED, TASK, ResumeRun, StartModel, check_start, saved_rounds
 from quietstar_recipes.common.evaluation import measure, nothing_solved, share_of_right_chains
-from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import likelihoods
-from quietstar_recipes.common.models import TaskConfig, load
-from quietstar_recipes.common.sampling import VLLM, Sampling, rollout
+from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
+from quietstar_recipes.common.sampling import Sampling, rollout
 from quietstar_recipes.common.saving import Rounds, hashes, load_model
 from quietstar_recipes.common.training import Example, SFTConfig, sft
 from quietstar_recipes.tasks import Row, Task
+
+LIKELY = -0.5  # mean log-probability of a chain's tokens without the hint, from which on it counts as likely
 
 
 @dataclass
@@ -50,8 +47,9 @@ class Config(SFTConfig, Sampling):
         0.0, "share of that training's rows that show the answer, which teaches a small model to use a hint"
     )
     warmup: int = option(100, "steps of linear warmup in each round")
-    shots: int = option(0, "examples with chains before each prompt, for a model that was not trained on chains")
-    keep_shots: bool = option(True, "show them in every round, not only to the first model; they are never trained on")
+    shots: int = option(
+        0, "examples with chains before each prompt, for a model that was not trained on chains; they are never trained on"
+    )
     rationalize: bool = option(False, "retry unsolved problems with the answer as a hint, and keep chains that reach it")
     rationale_check: Literal["no", "chain", "likelihood"] = option(
         "no", "keep such a chain only if it is right, where the task can check that, or if it is likely without the hint"
@@ -59,13 +57,9 @@ class Config(SFTConfig, Sampling):
     hint_rehearsal: float = option(
         0.0, "share of the kept chains to train on a second time with the hint, or a small model forgets how to use one"
     )
-    least_likelihood: float = option(-0.5, "mean log-probability per token, without the hint, that counts as likely")
     filter: bool = option(True, "keep only solutions with the right answer; off is a control")
     restart: bool = option(True, "train a fresh copy of the first model each round; off continues with the latest one")
     temperature: float = option(0.0, "sampling temperature of the chains; 0 is greedy")
-    engine: Literal["transformers", "vllm"] = option(
-        "transformers", "what generates the chains of the training problems", may_differ=True
-    )
     test_problems: int = option(500, "test problems for the accuracy")
     valid_problems: int = option(400, "validation problems, by which the best round is chosen")
 
@@ -99,46 +93,39 @@ def star(
     round with the highest accuracy on validation problems. ``model`` is changed only by ``config.sft_steps`` of training on the
     data's own chains.
 
-    Args:
-        name: the model's name; a resumed run must have started with the same one.
-        resume: continue after the last complete round in ``config.out``, if there is one.
-
     Returns:
         The last model, and the figures of the start and of each round: problems, kept (without a hint), rationalised, failed,
         the shares of right chains among both kinds where the task can check chains, steps, accuracy on test problems,
         valid_accuracy, seconds.
 
     Raises:
-        ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, a round that
-            keeps nothing, or a run in ``config.out`` that has other settings or was not to be resumed.
+        ValueError: too few chains in the data for ``shots`` or ``sft_steps``, no right answer in the first batch, or a round
+            that keeps nothing.
     """
+    # 1. The problems to measure on, and those to show.
     run = Rounds(config.out, Settings.of(config, recipe="star", model=name, task=task.name, inputs=hashes(task)), resume)
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 0))
     test = task.sample(config.test_problems, "test", generator)
     valid = task.sample(config.valid_problems, "valid", torch.Generator().manual_seed(mix_seed(config.seed, -1)))
     few_shot = example_rows(task, config.shots, generator)
+    measured = partial(measure, task=task, test=test, valid=valid, config=config, before=few_shot_ids(task, few_shot))
 
-    def shown(number: int) -> list[Row]:
-        """The examples before the prompts of the model of a round; round 0 is the first model."""
-        return few_shot if number == 0 or config.keep_shots else []
-
-    def measured(model: PreTrainedModel, number: int) -> dict[str, Any]:
-        return measure(model, task, test, valid, config.max_new, config.batch_size, few_shot_ids(task, shown(number)))
-
+    # 2. The start.
     if run.done < 0:
         began = time.perf_counter()
         if config.sft_steps:
             start_on_chains(model, task, config, generator)
-        run.save(0, model, task, {"round": 0, **measured(model, 0), "seconds": time.perf_counter() - began})
+        run.save(0, model, task, {"round": 0, **measured(model), "seconds": time.perf_counter() - began})
+    # 3. Each round collects chains by the model before it, and trains on them the first model, or the latest one.
     current = load_model(run.folder(run.done), model)
     for number in range(run.done + 1, config.rounds + 1):
         began = time.perf_counter()
-        kept, counts = collect(current, task, config, number, shown(number - 1), run.folder(number - 1))
+        kept, counts = collect(current, task, config, number, few_shot)
         current = load_model(run.folder(0), model) if config.restart else current
         steps = int(config.steps * config.growth ** (number - 1))
         examples = training_examples(kept, config, number)
         sft(current, examples, steps, config, mix_seed(config.seed, number), run.log("star", number))
-        figures = measured(current, number)
+        figures = measured(current)
         report = {"round": number, **counts, "steps": steps, **figures, "seconds": time.perf_counter() - began}
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)
@@ -147,9 +134,7 @@ def star(
 
 def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generator: torch.Generator) -> None:
     """Supervised training on the data's chains, some with the hint: a start for models that don't follow examples."""
-    rows = task.sample_with_chain(config.problems, generator)
-    if not rows:
-        raise ValueError("star: sft_steps needs problems with chains, but the data have none")
+    rows = rows_with_chains(task, config.problems, generator, "star")
     hinted = torch.rand(len(rows), generator=generator) < config.hint_share
     examples = [
         (row.hinted_ids if hint else row.prompt_ids, task.completion_ids(row))
@@ -172,24 +157,19 @@ def few_shot_ids(task: Task, rows: Sequence[Row], hinted: bool = False) -> list[
 
 
 def collect(
-    model: PreTrainedModel, task: Task, config: Config, number: int, shown: Sequence[Row], folder: Path
+    model: PreTrainedModel, task: Task, config: Config, number: int, shown: Sequence[Row]
 ) -> tuple[list[KeptChain], dict[str, Any]]:
     """Chains for the problems of a round, and counts of what was kept."""
     rows = task.sample(config.problems, "train", torch.Generator().manual_seed(mix_seed(config.seed, number)))
-    writer = VLLM(str(folder)) if config.engine == "vllm" else model
     kept: list[KeptChain] = []
-    pace = Pace()
-    for start in range(0, len(rows), config.batch_size):
-        if pace.due():
-            log_figures(config.out, {"round": number, "tried": start, "kept": len(kept)})
-        batch = rows[start : start + config.batch_size]
+    for start, batch in batches_of_round(rows, config, number, kept.__len__):
         seed = mix_seed(mix_seed(config.seed, number), start)
-        written = write(writer, task, config, batch, shown, False, seed)
+        written = write(model, task, config, batch, shown, False, seed)
         solved = [not config.filter or task.check(row, ids) for row, ids in zip(batch, written, strict=True)]
         kept += [KeptChain(row, ids, False) for row, ids, right in zip(batch, written, solved, strict=True) if right]
         failed = [row for row, right in zip(batch, solved, strict=True) if not right]
         if config.rationalize and failed:
-            rationales = write(writer, task, config, failed, shown, True, seed)
+            rationales = write(model, task, config, failed, shown, True, seed)
             right = [(row, ids) for row, ids in zip(failed, rationales, strict=True) if task.check(row, ids)]
             kept += [KeptChain(row, ids, True) for row, ids in checked_rationales(model, task, config, right)]
         if not kept and start == 0 and number == 1:
@@ -198,17 +178,14 @@ def collect(
         raise ValueError(f"star: round {number} solved none of {len(rows)} problems; the rounds before it are in {config.out}")
     own, hinted = ([(x.row, x.ids) for x in kept if x.hinted == flag] for flag in (False, True))
     return kept, {
-        "tried": len(rows),
-        "kept": len(own),
-        "rationalised": len(hinted),
-        "failed": len(rows) - len(kept),
+        **{"tried": len(rows), "kept": len(own), "rationalised": len(hinted), "failed": len(rows) - len(kept)},
         "kept_chain_right": share_of_right_chains(task, own),
         "rationalised_chain_right": share_of_right_chains(task, hinted),
     }
 
 
 def write(
-    writer: PreTrainedModel | VLLM,
+    model: PreTrainedModel,
     task: Task,
     config: Config,
     rows: Sequence[Row],
@@ -219,7 +196,7 @@ def write(
     """A chain and an answer for each row, in the form to train on."""
     before = few_shot_ids(task, shown, hinted)
     prompts = [before + (row.hinted_ids if hinted else row.prompt_ids) for row in rows]
-    return [task.trimmed(x[0].ids) for x in rollout(writer, task, prompts, seed=seed, **config.sampling)]
+    return [task.trimmed(x[0].ids) for x in rollout(model, task, prompts, seed=seed, **config.sampling)]
 
 
 def training_examples(kept: Sequence[KeptChain], config: Config, number: int) -> list[Example]:
@@ -240,41 +217,5 @@ def checked_rationales(
         return [(row, ids) for row, ids in written if task.check_chain(row, ids) is not False]
     if config.rationale_check == "likelihood" and written:
         values = likelihoods(model, [row.prompt_ids for row, _ in written], [ids for _, ids in written], config.batch_size)
-        return [x for x, value in zip(written, values, strict=True) if value / len(x[1]) >= config.least_likelihood]
+        return [x for x, value in zip(written, values, strict=True) if value / len(x[1]) >= LIKELY]
     return written
-
-
-COLUMNS = ("round", "tried", "kept", "rationalised", *MEASURED)
-
-
-@dataclass
-class Star:
-    """Train a model on its own chains of thought that lead to right answers (STaR)."""
-
-    task: TaskConfig
-    recipe: Config
-    model: StartModel = ""
-    dtype: WeightsDtype = "float32"
-    allow_bin: AllowBin = False
-    resume: ResumeRun = ""
-
-    ignored: ClassVar[list] = [
-        *TASK,
-        *LORA,
-        Rule("top_p", lambda o: o.temperature == 0, "with --temperature=0"),
-        Rule("hint_share", lambda o: not o.sft_steps, "without --sft-steps"),
-        Rule("rationalize", lambda o: not o.filter, "with --no-filter, which keeps all chains"),
-        Rule("rationale_check", lambda o: not (o.rationalize and o.filter), "without --rationalize"),
-        Rule(
-            "least_likelihood",
-            lambda o: not (o.rationalize and o.filter and o.rationale_check == "likelihood"),
-            "without --rationalize and --rationale-check=likelihood",
-        ),
-    ]
-
-    def run(self) -> None:
-        check_out_folder(self.recipe.out)
-        check_start(self.model, self.recipe.sft_steps)
-        model, task = load(self.model, self.task, self.dtype, self.allow_bin)
-        _, reports = star(model, task, self.recipe, self.model, bool(self.resume))
-        print(f"{task.name}\n{table(reports, COLUMNS)}\n{saved_rounds(self.recipe.out, reports)}")
