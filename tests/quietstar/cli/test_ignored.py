@@ -29,7 +29,7 @@ CASES = [
     ("star", ["--no-filter", "--rationalize"], "with --no-filter", ["--filter"]),
     ("star", ["--task=stories", "--digits=3"], "with --task=stories, gsm8k or csqa", ["--task=sums"]),
     ("solve", ["--process-verifier=v", "--process-steps=9"], "with --process-verifier", ["--process-verifier="]),
-    ("internalize", ["--method=kd", "--eval-every=9"], "unless --gate is above 0", ["--gate=0.5"]),
+    ("internalize", ["--method=kd", "--eval-every=9"], "with --method=kd", ["--method=stepwise"]),
     ("internalize", ["--method=kd", "--side=right"], "with --method=kd", ["--method=stepwise"]),
     ("score", ["--first-steps=0", "--single-turn", "--bonus=1"], "with --single-turn", ["--no-single-turn"]),
     ("fast", ["--objective=distil", "--no-clamp-reward"], "unless --objective is sampled", ["--objective=sampled"]),

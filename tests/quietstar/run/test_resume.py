@@ -22,7 +22,7 @@ FREE = {
     AdapterConfig: set(),
     DataConfig: set(),
     Train: {"allow_bin", "check_memory", "compile", "gradient_checkpointing", "config", "resume", "controls"},
-    star.Config: {"out", "rounds", "engine", "batch_size"},
+    star.Config: {"out", "rounds", "batch_size"},
     vstar.Config: {"out", "rounds", "batch_size"},
     fast.Config: {"out", "save_every"},
     score.Config: {"out"},
