@@ -150,7 +150,8 @@ class Step:
         )
         self.trainer.current_gradient_accumulation_steps = 1  # as ``train`` does, and what follows
         if case.checkpointing:
-            self.trainer.model.gradient_checkpointing_enable()
+            model = self.trainer.model
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self.trainer.model.train()
         self.whole = case.what == WHOLE_STEP
 
@@ -176,7 +177,7 @@ def stock() -> type:
 
 
 def shared() -> type:
-    from quietstar.shared_prompt import SharedPrompts
+    from quietstar import SharedPrompts
 
     return type("SharedPromptTrainer", (SharedPrompts, stock()), {})
 

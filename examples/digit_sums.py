@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import digit_sums_report as report  # noqa: E402, the tables, plots and pages
 from digit_sums_report import SHUFFLED, exact_match  # noqa: E402
 
-QUICK_LINES, QUICK_PRETRAINING = 1024, 600
+QUICK_LINES, QUICK_PRETRAINING = 1024, 450
 CURVE_LINES = 256  # held-out lines of the learning curve
 
 
