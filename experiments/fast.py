@@ -73,11 +73,7 @@ LAST: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {  # of size full
     "first two, checkpoint and published loss": {"objective": "sampled", "plain_start": "curriculum"},
-    "first two, checkpoint and paper's formula": {
-        "objective": "observed",
-        "plain_start": "curriculum",
-        "clamp_reward": False,
-    },
+    "first two, checkpoint and paper's formula": {"objective": "observed", "plain_start": "curriculum", "clamp_reward": False},
     "first two, checkpoint distilled": {"objective": "distil", "plain_start": "curriculum"},
 }
 CLAIMS = (
@@ -202,11 +198,7 @@ def score(logprob: Tensor, answers: Tensor) -> dict[str, float]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    ways = {
-        "curriculum": [f"curriculum, {T} tokens" for T in TOKENS],
-        "from the start": [DIRECT],
-        "no thoughts": ["base"],
-    }
+    ways = {"curriculum": [f"curriculum, {T} tokens" for T in TOKENS], "from the start": [DIRECT], "no thoughts": ["base"]}
 
     def curves(up: str, across: str = "") -> dict[str, Any]:
         """For each way of training, its points over the lengths of thoughts, or over another figure."""

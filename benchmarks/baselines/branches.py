@@ -230,10 +230,7 @@ def _drafter(case: BranchCase) -> ThoughtLayout:
     return ThoughtLayout.packed(anchors, torch.full_like(anchors, case.S), lo=lo, own="full")
 
 
-_layouts: dict[str, Callable[[BranchCase], ThoughtLayout]] = {
-    "prompts": _prompts,
-    "drafter": _drafter,
-}
+_layouts: dict[str, Callable[[BranchCase], ThoughtLayout]] = {"prompts": _prompts, "drafter": _drafter}
 
 
 def work_of(case: BranchCase, pairs: int) -> Work:
