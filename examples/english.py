@@ -34,9 +34,9 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation.intervals import PARTS, mean_interval
 from quietstar.evaluation.intervals import verdict as verdict_of
 from quietstar.evaluation.losses import token_losses, with_constant_thoughts, with_own_thoughts
-from quietstar.files.pictures import can_draw, new_figure
 from quietstar.run.batches import Example
 from quietstar_kernels import sample_token
+from quietstar_recipes.common.plots import Panel, panels
 
 Rate = Callable[[float], float]  # the learning rate, by the share of the time that has passed
 LENGTH = 64  # tokens in a text
@@ -164,17 +164,7 @@ Gain = tuple[float, float, float]  # nats, with the ends of the 95 % interval ov
 
 def gains(losses: dict[str, Tensor]) -> dict[str, Gain]:
     """What thoughts are worth, from the loss of each text [texts] in each way."""
-
-    def gain(control: str, way: str) -> Gain:
-        return mean_interval((losses[control] - losses[way]).tolist())
-
-    return {
-        "gain": gain("base", "own"),
-        "mixing": gain("base", "another"),
-        "content": gain("another", "own"),
-        "own over constant": gain("constant", "own"),
-        "over plain training": gain("plain", "own"),
-    }
+    return {name: mean_interval((losses[control] - losses[way]).tolist()) for name, (control, way, _) in GAINS.items()}
 
 
 def verdict(found: dict[str, Gain]) -> str:
@@ -194,12 +184,12 @@ LOSSES = {
     "another": "  with another text's thoughts",
     "constant": "  with one constant thought",
 }
-GAINS = {
-    "gain": "own thoughts, over none",
-    "mixing": "mixing: another text's thoughts, over none",
-    "content": "content: own thoughts, over another text's",
-    "own over constant": "own thoughts, over the constant one",
-    "over plain training": "own thoughts, over training without any",
+GAINS = {  # over which control, of which way, in words
+    "gain": ("base", "own", "own thoughts, over none"),
+    "mixing": ("base", "another", "mixing: another text's thoughts, over none"),
+    "content": ("another", "own", "content: own thoughts, over another text's"),
+    "own over constant": ("constant", "own", "own thoughts, over the constant one"),
+    "over plain training": ("plain", "own", "own thoughts, over training without any"),
 }
 
 
@@ -209,7 +199,7 @@ def show_losses(losses: dict[str, Tensor], log: Log) -> None:
         print(f"  {words:<44}{float(losses[name].mean()):8.4f}")
     found = gains(losses)
     print("\nGains, nats per token, with 95 % intervals")
-    for name, words in GAINS.items():
+    for name, (_, _, words) in GAINS.items():
         mean, low, high = found[name]
         print(f"  {words:<44}{mean:+8.4f}  ({low:+.4f} to {high:+.4f})")
     print(verdict(found))
@@ -265,25 +255,10 @@ def show_speed(qs: QuietStar, ids: Tensor, seed: int, log: Log) -> None:
 
 
 def plot(log: Log, path: Path) -> None:
-    if not can_draw():
-        return
-    figure = new_figure(11, 3.2)
-    training, thinking, last = figure.subplots(1, 3, width_ratios=(3, 3, 4))
-    for axes, phase, name, title in (
-        (training, "language model", "loss", "language model: loss"),
-        (thinking, "thoughts", "reward", "Quiet-STaR: mean reward"),
-    ):
-        axes.plot([entry[name] for entry in log.entries if entry["phase"] == phase])
-        axes.set(title=title, xlabel="step", ylabel="nats")
-    # The last gain, over plain training, is on another scale.
-    found = [entry for entry in log.entries if entry["phase"] == "gain"][-2::-1]
-    means = [entry["gain"] for entry in found]
-    whiskers = [entry["gain"] - entry["low"] for entry in found]
-    last.errorbar(means, [entry["of"] for entry in found], xerr=whiskers, fmt="o", capsize=3)
-    last.axvline(0, color="black", linewidth=0.8)
-    last.set(title="gains on held-out text, 95 % intervals", xlabel="nats per token", ylim=(-0.5, len(found) - 0.5))
-    last.locator_params(axis="x", nbins=5)
-    figure.savefig(path)
+    shown = {"language model": ("loss", "language model: loss, nats"), "thoughts": ("reward", "Quiet-STaR: mean reward, nats")}
+    found = {phase: [entry for entry in log.entries if entry["phase"] == phase] for phase in shown}
+    curves = {phase: [list(enumerate(entry[shown[phase][0]] for entry in found[phase]))] for phase in shown}
+    panels(path, "English", [Panel("step", label, {phase: curves[phase]}) for phase, (_, label) in shown.items()])
 
 
 def main() -> None:
