@@ -111,10 +111,8 @@ BASE: dict[str, dict[str, int]] = {
     "full": {"digits": 3, "rows": 8000, "start": 250, "pieces": 40},
 }
 ENOUGH, PIECE = 0.3, 10
-FIELDS = (
-    "max_new samples problems valid_problems process_problems process_samples rollouts process_steps revise_problems "
-    "revise_samples revise_steps judge_steps"
-).split()
+FIELDS = ("max_new", "samples", "problems", "valid_problems", "process_problems", "process_samples", "rollouts")
+FIELDS += ("process_steps", "revise_problems", "revise_samples", "revise_steps", "judge_steps")
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(zip(FIELDS, (14, 16, 10, 5, 20, 1, 1, 1, 20, 2, 1, 1), strict=True)),
     "quick": dict(zip(FIELDS, (33, 16, 1000, 200, 8000, 1, 2, 300, 1000, 8, 200, 100), strict=True)),
