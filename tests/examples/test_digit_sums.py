@@ -197,11 +197,11 @@ def test_resume_keeps_the_seeds_that_are_done(digit_sums, one_thread, monkeypatc
 
 
 @pytest.fixture
-def pretrained(sums, strings, one_thread, tmp_path_factory):
+def pretrained(digit_sums, sums, strings, one_thread, tmp_path_factory):
     """The language model that all runs start from, and its gate; trained by the first test that needs it."""
     folder = tmp_path_factory.getbasetemp() / "digit-sums"
     if not folder.exists():
-        model, gate = sums.pretrain(*strings, seed=0, steps=600)
+        model, gate = sums.pretrain(*strings, seed=0, steps=digit_sums.QUICK_PRETRAINING)
         model.save_pretrained(folder)
         (folder / "gate.json").write_text(json.dumps(gate))
     return lambda: (LlamaForCausalLM.from_pretrained(folder), json.loads((folder / "gate.json").read_text()))
