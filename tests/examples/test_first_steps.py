@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name, needs, lines", [("branches", "torch", 3), ("group_rl", "trl", 1)])
+@pytest.mark.parametrize("name, needs, lines", [("branches", "torch", 3), ("shared_prompts", "trl", 1)])
 def test_it_says_how_little_the_ways_differ(name, needs, lines):
     pytest.importorskip(needs, minversion="1.16" if needs == "trl" else None)
     run = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True)

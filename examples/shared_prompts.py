@@ -4,7 +4,7 @@
 even ones, in both trainers: they log the same rewards and end with the same weights.
 
     pip install trl
-    python examples/group_rl.py
+    python examples/shared_prompts.py
 """
 
 import tempfile
