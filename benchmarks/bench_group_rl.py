@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.baselines.llama import QWEN3_600M, SMOLLM2_135M, random_llama
+from benchmarks.baselines.llama import QWEN3_600M, SMOLLM2_135M, LlamaCase, random_llama
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
-from benchmarks.harness.case import Case, Inputs, Work, judge
+from benchmarks.harness.case import Inputs, Work, judge
 
 SEED = 1
 # For a whole model, since rounding accumulates over the layers.
@@ -33,12 +33,11 @@ CHECKPOINTING = "activation_checkpointing", "gradient_checkpointing"  # its name
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupCase(Case):
-    """C completions each of B prompts, with a Llama with random weights and feed-forward layers of width I.
+class GroupCase(LlamaCase):
+    """C completions each of B prompts, with a Llama.
 
     Attributes:
         L: tokens of a prompt.
-        width: of a head, D/H if 0.
         T: tokens of the longest completion.
         turn: tokens, at most T/2, that half of a prompt's completions begin with.
         checkpointing: whether to use gradient checkpointing.
@@ -46,25 +45,14 @@ class GroupCase(Case):
 
     op: ClassVar[str] = "group_rl"
     size_names = ("B", "L", "C", "T", "layers", "D", "H", "G", "V")
-    rotates: ClassVar[bool] = False
     what: str = "loss and backward"
     B: int = 1
     L: int = 512
     C: int = 8
     T: int = 128
     turn: int = 0
-    layers: int = 4
-    D: int = 256
-    I: int = 768
-    H: int = 4
-    G: int = 2
     V: int = 4096
-    width: int = 0
     checkpointing: bool = False
-
-    @property
-    def K(self) -> int:
-        return self.width or self.D // self.H
 
     def lengths(self) -> Tensor:
         """int64 [B*C], tokens of the completions."""
@@ -73,13 +61,12 @@ class GroupCase(Case):
 
     def work(self) -> Work:
         """Matmuls of the packed forward and the backward, of the second forward of checkpointed layers, and of generation."""
-        K, own = self.K, self.lengths()
+        own = self.lengths()
         saved = self.B * (self.C // 2 - 1) * self.turn
         rows = self.B * self.L + int(own.sum()) - len(own) - saved
         seen = self.B * self.L * (self.L + 1) / 2 + int((own * self.L + own * (own + 1) / 2).sum())
         seen -= saved * (self.L + (self.turn + 1) / 2)
-        matrices = self.layers * (self.D * K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
-        layers = 2 * rows * matrices + self.layers * 4 * K * self.H * seen
+        layers = 2 * rows * self.matrices + self.layers * 4 * self.K * self.H * seen
         head, generated = 2 * (int(own.sum()) - saved) * self.D * self.V, self.what == WHOLE_STEP
         return Work((3 + self.checkpointing + generated) * layers + (3 + generated) * head)
 
@@ -150,7 +137,8 @@ class Step:
         )
         self.trainer.current_gradient_accumulation_steps = 1  # as ``train`` does, and what follows
         if case.checkpointing:
-            self.trainer.model.gradient_checkpointing_enable()
+            model = self.trainer.model
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self.trainer.model.train()
         self.whole = case.what == WHOLE_STEP
 
@@ -176,7 +164,7 @@ def stock() -> type:
 
 
 def shared() -> type:
-    from quietstar.group_rl.shared_prompt import SharedPrompts
+    from quietstar import SharedPrompts
 
     return type("SharedPromptTrainer", (SharedPrompts, stock()), {})
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.baselines.llama import random_llama
+from benchmarks.baselines.llama import LlamaCase, random_llama
 from benchmarks.baselines.online import END, SEED, START, AnchorByAnchor, SequencePerThought, Way
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
-from benchmarks.harness.case import Case, Inputs, Work, Wrong, judge
+from benchmarks.harness.case import Inputs, Work, Wrong, judge
 from benchmarks.harness.compare import Effort, Row, Write, as_note, blank, check_device, fill, nowhere
 from benchmarks.harness.memory import peak_memory
 from quietstar import QuietStar, ThoughtConfig
@@ -35,28 +35,17 @@ BOUND = 1e-4  # of rewards and gradients, as in bench_group_rl
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineCase(Case):
-    """N thoughts of at most T tokens at P anchors of B texts, with a random Llama and feed-forward layers of width I."""
+class OnlineCase(LlamaCase):
+    """N thoughts of at most T tokens at P anchors of B texts, with a random Llama."""
 
     op: ClassVar[str] = "online"
     size_names = ("B", "L", "P", "N", "T", "layers", "D", "H", "G", "V")
-    rotates: ClassVar[bool] = False
     what: str = "step"
     B: int = 4
     L: int = 512
     P: int = 8
     N: int = 16
     T: int = 256
-    layers: int = 4
-    D: int = 256
-    I: int = 768
-    H: int = 4
-    G: int = 2
-    V: int = 2048
-
-    @property
-    def K(self) -> int:
-        return self.D // self.H
 
     @property
     def anchors(self) -> list[int]:
@@ -85,10 +74,9 @@ class OnlineCase(Case):
 
     def _layers(self, own: Tensor) -> float:
         """FLOPs of the layers, for the text and thoughts of ``own`` [B,P,n] rows."""
-        matrices = self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
         before = torch.tensor(self.anchors)[:, None] + 1
         pairs = self.B * self.L * (self.L + 1) / 2 + float((own * before + own * (own + 1) / 2).sum())
-        return 2 * (self.B * self.L + int(own.sum())) * matrices + self.layers * 4 * self.K * self.H * pairs
+        return 2 * (self.B * self.L + int(own.sum())) * self.matrices + self.layers * 4 * self.K * self.H * pairs
 
     def inputs(self, seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.baselines.llama import LLAMA_8B, QWEN3_600M, random_llama
+from benchmarks.baselines.llama import LLAMA_8B, QWEN3_600M, LlamaCase, random_llama
 from benchmarks.baselines.published_schedule import PublishedSchedule
 from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
-from benchmarks.harness.case import Case, Inputs, Work, judge
+from benchmarks.harness.case import Inputs, Work, judge
 from quietstar import QuietStar, ThoughtConfig, fast_linear
 from quietstar_kernels.cpu import products
 
@@ -36,37 +36,24 @@ STEP_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCase(Case):
-    """A Llama with random weights, an untied head and feed-forward layers of width I.
+class StepCase(LlamaCase):
+    """A training step or a rollout of a Llama.
 
     Attributes:
-        width: of a head, D/H if 0.
         lora: whether the model's weights are frozen and low-rank updates of q and v are trained instead.
         checkpointing: whether to use gradient checkpointing.
     """
 
     op: ClassVar[str] = "step"
     size_names = ("B", "L", "N", "T", "J", "layers", "D", "H", "G", "V")
-    rotates: ClassVar[bool] = False
     what: str = "training step"
     B: int = 1
     L: int
     N: int = 2
     T: int = 9
     J: int = 4
-    layers: int = 4
-    D: int = 256
-    I: int = 768
-    H: int = 4
-    G: int = 2
-    V: int = 2048
-    width: int = 0
     lora: bool = False
     checkpointing: bool = False
-
-    @property
-    def K(self) -> int:
-        return self.width or self.D // self.H
 
     def work(self) -> Work:
         """Matmuls of the rollout; in a training step also those of the packed forward, the backward, and the second forward of
@@ -85,14 +72,11 @@ class StepCase(Case):
     def _forward(self, rows: int, S: int, predicted: int) -> tuple[float, float]:
         """FLOPs of the layers, for thoughts of S rows, and of the head."""
         attention = self.layers * 2 * self.K * self.H * (self.N * S * self.L * (self.L + S + 2) + self.L * (self.L + 1))
-        return self.B * (2 * rows * self._matrices() + attention), self.B * 2 * predicted * self.D * self.V
-
-    def _matrices(self) -> int:
-        return self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
+        return self.B * (2 * rows * self.matrices + attention), self.B * 2 * predicted * self.D * self.V
 
     def _weights(self) -> int:
         """Bytes."""
-        return (self._matrices() + self.D * self.V) * self.dtype.itemsize
+        return (self.matrices + self.D * self.V) * self.dtype.itemsize
 
     def to_compile(self) -> StepCase:
         return replace(self, layers=1, B=min(self.B, 2))

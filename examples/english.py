@@ -1,4 +1,4 @@
-"""Quiet-STaR on real English, from scratch to thoughts in about two minutes on two CPU cores.
+"""Quiet-STaR on real English, from scratch to thoughts in about a minute and a half on two CPU cores.
 
 Trains a tokenizer and a small Llama on the documentation that ships with every Python, wraps the model in
 quietstar.QuietStar and trains it to think before every token. On held-out text it then measures two gains: that of mixing in
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,11 +33,12 @@ from transformers.utils import logging
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.evaluation.intervals import PARTS, mean_interval
 from quietstar.evaluation.intervals import verdict as verdict_of
-from quietstar.evaluation.losses import token_losses, with_own_thoughts
-from quietstar.files.pictures import can_draw, new_figure
+from quietstar.evaluation.losses import token_losses, with_constant_thoughts, with_own_thoughts
 from quietstar.run.batches import Example
 from quietstar_kernels import sample_token
+from quietstar_recipes.common.plots import Panel, panels
 
+Rate = Callable[[float], float]  # the learning rate, by the share of the time that has passed
 LENGTH = 64  # tokens in a text
 NEW, HELD_OUT = 256, 128  # paragraphs that the language model doesn't see: to train thoughts on, to measure on
 # The published policy_weight of 1e6 and embedding_scale of 100 are for a learning rate of 1e-6; these are for 3e-4.
@@ -108,54 +110,38 @@ def windows(stream: Tensor, count: int) -> Tensor:
     return stream[start + torch.arange(LENGTH)]
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    loss.backward()
-    group = optimizer.param_groups[0]
-    group["lr"] = rate
-    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def falling(spent: float) -> float:
-    """The learning rate for a new model, by the share of the time that has passed."""
+    """For a new model."""
     return 3e-3 * min(1, 0.02 + 20 * spent) * (1 - 0.95 * spent)
 
 
 def steady(spent: float) -> float:
-    """The same for one that is trained further, with or without thoughts."""
+    """For one that is trained further, with or without thoughts."""
     return 3e-4 * min(1, 0.02 + 20 * spent)
 
 
-def train_lm(
-    model: LlamaForCausalLM, stream: Tensor, seconds: float, log: Log, phase: str, texts: int, rate: Callable[[float], float]
-) -> None:
-    """Plain training, on so many texts per step."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+def train(model: Any, stream: Tensor, seconds: float, log: Log, phase: str, texts: int, optimizer: Any, rate: Rate) -> None:
+    """Train on so many texts per step. With QuietStar around the model, there is a thought at every position of every text."""
+    thinks = isinstance(model, QuietStar)
+    names = ("loss_ce", "policy_loss", "reward", "weight") if thinks else ("loss",)
+    unit = "thoughts" if thinks else "tokens"
+    model.train()
     for spent, bar in until(seconds, phase):
         began = time.perf_counter()
         ids = windows(stream, texts)
-        loss = model(ids, labels=ids).loss
-        update(optimizer, loss, rate(spent))
-        speed = ids.numel() / (time.perf_counter() - began)
-        log.add(phase=phase, loss=loss.item(), tokens_per_second=speed)
-        bar.set_postfix_str(f"loss {loss.item():.2f}, {speed:,.0f} tokens/s", refresh=False)
-
-
-def train_thoughts(qs: QuietStar, stream: Tensor, seconds: float, log: Log) -> None:
-    """Train with a thought at every position of every text."""
-    qs.train()
-    optimizer = torch.optim.AdamW(qs.parameters(), weight_decay=1e-3)
-    for spent, bar in until(seconds, "thoughts"):
-        began = time.perf_counter()
-        out = qs(windows(stream, 4))
-        update(optimizer, out.loss, steady(spent))
-        speed = out.reward.numel() / (time.perf_counter() - began)
-        values = {name: out[name].mean().item() for name in ("loss_ce", "policy_loss", "reward", "weight")}
-        log.add(phase="thoughts", **values, thoughts_per_second=speed)
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        group = optimizer.param_groups[0]
+        group["lr"] = rate(spent)
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        speed = (out.reward if thinks else ids).numel() / (time.perf_counter() - began)
+        values = {name: out[name].mean().item() for name in names}
+        log.add(phase=phase, **values, **{f"{unit}_per_second": speed})
         shown = ", ".join(f"{name} {value:.2g}" for name, value in values.items())
-        bar.set_postfix_str(f"{shown}, {speed:,.0f} thoughts/s", refresh=False)
-    qs.eval()
+        bar.set_postfix_str(f"{shown}, {speed:,.0f} {unit}/s", refresh=False)
+    model.eval()
 
 
 @torch.no_grad()
@@ -167,11 +153,9 @@ def plain_losses(model: LlamaForCausalLM, texts: list[Example]) -> Tensor:
 def mixed_losses(qs: QuietStar, texts: list[Example]) -> dict[str, Tensor]:
     """The same with thoughts: the model's own, greedy; another text's at the same places; its most frequent one everywhere."""
     own = with_own_thoughts(qs, texts)
-    thoughts, counts = torch.cat([x["thought_ids"] for x in own]).unique(dim=0, return_counts=True)
-    constant = [{**x, "thought_ids": thoughts[counts.argmax()].expand_as(x["thought_ids"])} for x in own]
     losses = token_losses(qs, own, progress=True)
     found = {"own": losses.mixed, "another": losses.another}
-    found["constant"] = token_losses(qs, constant, progress=True, controls=False).mixed
+    found["constant"] = token_losses(qs, with_constant_thoughts(own), progress=True, controls=False).mixed
     return {name: losses.text.bincount(x) / losses.text.bincount() for name, x in found.items()}
 
 
@@ -180,17 +164,7 @@ Gain = tuple[float, float, float]  # nats, with the ends of the 95 % interval ov
 
 def gains(losses: dict[str, Tensor]) -> dict[str, Gain]:
     """What thoughts are worth, from the loss of each text [texts] in each way."""
-
-    def gain(control: str, way: str) -> Gain:
-        return mean_interval((losses[control] - losses[way]).tolist())
-
-    return {
-        "gain": gain("base", "own"),
-        "mixing": gain("base", "another"),
-        "content": gain("another", "own"),
-        "own over constant": gain("constant", "own"),
-        "over plain training": gain("plain", "own"),
-    }
+    return {name: mean_interval((losses[control] - losses[way]).tolist()) for name, (control, way, _) in GAINS.items()}
 
 
 def verdict(found: dict[str, Gain]) -> str:
@@ -210,12 +184,12 @@ LOSSES = {
     "another": "  with another text's thoughts",
     "constant": "  with one constant thought",
 }
-GAINS = {
-    "gain": "own thoughts, over none",
-    "mixing": "mixing: another text's thoughts, over none",
-    "content": "content: own thoughts, over another text's",
-    "own over constant": "own thoughts, over the constant one",
-    "over plain training": "own thoughts, over training without any",
+GAINS = {  # over which control, of which way, in words
+    "gain": ("base", "own", "own thoughts, over none"),
+    "mixing": ("base", "another", "mixing: another text's thoughts, over none"),
+    "content": ("another", "own", "content: own thoughts, over another text's"),
+    "own over constant": ("constant", "own", "own thoughts, over the constant one"),
+    "over plain training": ("plain", "own", "own thoughts, over training without any"),
 }
 
 
@@ -225,7 +199,7 @@ def show_losses(losses: dict[str, Tensor], log: Log) -> None:
         print(f"  {words:<44}{float(losses[name].mean()):8.4f}")
     found = gains(losses)
     print("\nGains, nats per token, with 95 % intervals")
-    for name, words in GAINS.items():
+    for name, (_, _, words) in GAINS.items():
         mean, low, high = found[name]
         print(f"  {words:<44}{mean:+8.4f}  ({low:+.4f} to {high:+.4f})")
     print(verdict(found))
@@ -281,32 +255,17 @@ def show_speed(qs: QuietStar, ids: Tensor, seed: int, log: Log) -> None:
 
 
 def plot(log: Log, path: Path) -> None:
-    if not can_draw():
-        return
-    figure = new_figure(11, 3.2)
-    training, thinking, last = figure.subplots(1, 3, width_ratios=(3, 3, 4))
-    for axes, phase, name, title in (
-        (training, "language model", "loss", "language model: loss"),
-        (thinking, "thoughts", "reward", "Quiet-STaR: mean reward"),
-    ):
-        axes.plot([entry[name] for entry in log.entries if entry["phase"] == phase])
-        axes.set(title=title, xlabel="step", ylabel="nats")
-    # The last gain, over plain training, is on another scale.
-    found = [entry for entry in log.entries if entry["phase"] == "gain"][-2::-1]
-    means = [entry["gain"] for entry in found]
-    whiskers = [entry["gain"] - entry["low"] for entry in found]
-    last.errorbar(means, [entry["of"] for entry in found], xerr=whiskers, fmt="o", capsize=3)
-    last.axvline(0, color="black", linewidth=0.8)
-    last.set(title="gains on held-out text, 95 % intervals", xlabel="nats per token", ylim=(-0.5, len(found) - 0.5))
-    last.locator_params(axis="x", nbins=5)
-    figure.savefig(path)
+    shown = {"language model": ("loss", "language model: loss, nats"), "thoughts": ("reward", "Quiet-STaR: mean reward, nats")}
+    found = {phase: [entry for entry in log.entries if entry["phase"] == phase] for phase in shown}
+    curves = {phase: [list(enumerate(entry[shown[phase][0]] for entry in found[phase]))] for phase in shown}
+    panels(path, "English", [Panel("step", label, {phase: curves[phase]}) for phase, (_, label) in shown.items()])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds-lm", type=float, default=36, help="time to train the language model; default 36")
+    parser.add_argument("--seconds-lm", type=float, default=25, help="time to train the language model; default 25")
     parser.add_argument(
-        "--seconds-thoughts", type=float, default=25, help="time to train it to think, and again without thoughts; default 25"
+        "--seconds-thoughts", type=float, default=15, help="time to train it to think, and again without thoughts; default 15"
     )
     parser.add_argument("--seed", type=int, default=0, help="for weights, texts and sampling; default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/english"), help="folder for metrics, plot and checkpoint")
@@ -324,14 +283,17 @@ def main() -> None:
         f"{model.num_parameters() / 1e6:.1f} million parameters, vocabulary {len(tokenizer)}, {len(training):,} tokens of text"
     )
 
-    train_lm(model, training, args.seconds_lm, log, "language model", 16, falling)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+    train(model, training, args.seconds_lm, log, "language model", 16, optimizer, falling)
     losses = {"before": plain_losses(model, texts)}
     plain = copy.deepcopy(model)
     # About as many updates as with thoughts, whose time goes into more texts per step instead.
-    train_lm(plain, new, args.seconds_thoughts, log, "no thoughts", 64, steady)
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+    train(plain, new, args.seconds_thoughts, log, "no thoughts", 64, optimizer, steady)
     losses["plain"] = plain_losses(plain, texts)
     qs = QuietStar(model, THOUGHTS, tokenizer)
-    train_thoughts(qs, new, args.seconds_thoughts, log)
+    optimizer = torch.optim.AdamW(qs.parameters(), weight_decay=1e-3)
+    train(qs, new, args.seconds_thoughts, log, "thoughts", 4, optimizer, steady)
     losses |= {"base": plain_losses(qs.model, texts), **mixed_losses(qs, texts)}
     show_losses(losses, log)
 

@@ -1,8 +1,7 @@
-"""Quiet-STaR on the digit sums of examples/digit_sums.py, with any fields of the objective and thoughts at "=" only."""
+"""Quiet-STaR on the digit sums of examples/sums.py, with any fields of the objective and thoughts at "=" only."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from quietstar import QuietStar, ThoughtConfig
+from quietstar import QuietStar
 from quietstar.config import TrainConfig
 from quietstar.run.batches import Example
 from quietstar.training import Loss, thought_loss, train
@@ -34,14 +33,6 @@ def pretrained(seed: int, size: str, helpful: float = digit_sums.HELPFUL) -> tup
     return model, gate["right_thoughts"]
 
 
-def thinking(model: LlamaForCausalLM, seed: int, **fields: Any) -> QuietStar:
-    """A copy of the model that can think; ``fields`` are those of ThoughtConfig."""
-    defaults = {"thoughts": 4, "thought_tokens": 4, "lookahead": 1, "policy_weight": 3.0}
-    config = ThoughtConfig(embedding_scale=1.0, embedding_init=digit_sums.DASH, **(defaults | fields))
-    torch.manual_seed(seed)  # for the mixing head
-    return QuietStar(copy.deepcopy(model), config)
-
-
 def trained(
     model: LlamaForCausalLM,
     lines: Sequence[Example],
@@ -52,7 +43,7 @@ def trained(
     **fields: Any,
 ) -> QuietStar:
     """A copy of the model that has learnt to think on these lines, 64 per step; ``fields`` are those of ThoughtConfig."""
-    qs = thinking(model, seed, **fields)
+    qs = digit_sums.think_with(model, SETTING, seed, **fields)
     steps = len(lines) // SETTING.lines
     options = {"steps": steps, "batch_size": SETTING.lines, "learning_rate": 1e-3, "warmup": 20, "updates": updates}
     train(qs, lines, TrainConfig(out=str(out), seed=seed, save_every=steps, keep=1, **options), loss=loss, progress=False)
@@ -66,9 +57,7 @@ def measure(model: LlamaForCausalLM, seed: int, size: str, out: Path, updates: i
     numbers = SIZES[size]
     strings, held_out = digit_sums.split_strings(seed)
     generator = torch.Generator().manual_seed(seed)
-    lines = digit_sums.DirectLines(
-        digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator), SETTING, "own", generator
-    )
+    lines = digit_sums.DirectLines(digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator), SETTING)
     qs = trained(model, lines, seed, out, updates=updates, **fields)
     digits = held_out[: numbers["lines"]]
     thoughts = digit_sums.own_thoughts(qs, digits)

@@ -19,10 +19,7 @@ TITLE = "Quiet-STaR: doses"
 DOSES: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {  # a field of ThoughtConfig, and its values
     "tokens": ("thought_tokens", {"tiny": (2,), "quick": (2, 3, 4, 6), "full": (1, 2, 3, 4, 6, 8, 12)}),
     "thoughts": ("thoughts", {"tiny": (2,), "quick": (2, 8), "full": (1, 2, 4, 8, 16)}),
-    "weight": (
-        "policy_weight",
-        {"tiny": (3.0,), "quick": (0.1, 1.0, 30.0), "full": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)},
-    ),
+    "weight": ("policy_weight", {"tiny": (3.0,), "quick": (0.1, 1.0, 30.0), "full": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)}),
 }
 DEFAULTS = {"tokens": 4, "thoughts": 4, "weight": 3, "helpful asides": 0.4}
 LOG = ("thoughts", "weight")

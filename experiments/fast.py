@@ -73,11 +73,7 @@ LAST: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {  # of size full
     "first two, checkpoint and published loss": {"objective": "sampled", "plain_start": "curriculum"},
-    "first two, checkpoint and paper's formula": {
-        "objective": "observed",
-        "plain_start": "curriculum",
-        "clamp_reward": False,
-    },
+    "first two, checkpoint and paper's formula": {"objective": "observed", "plain_start": "curriculum", "clamp_reward": False},
     "first two, checkpoint distilled": {"objective": "distil", "plain_start": "curriculum"},
 }
 CLAIMS = (
@@ -111,7 +107,7 @@ def make_text(seed: int, size: str, first_two: bool = False) -> Text:
     generator = torch.Generator().manual_seed(seed)
     drawn = digit_sums.draw(strings, 64 * numbers["stage"] * len(TOKENS), generator)
     digits = drawn, *held_out[: numbers["valid"] + numbers["test"]].split([numbers["valid"], numbers["test"]])
-    lines = [digit_sums.DirectLines(x, digit_sums.EQUALS_ONLY, "own", generator) for x in digits]
+    lines = [digit_sums.DirectLines(x, digit_sums.EQUALS_ONLY) for x in digits]
     answer = digit_sums.AT_EQUALS + 1
     for some, x in zip(lines, digits, strict=True):
         some.tensors["input_ids"][:, answer] = digit_sums.running_sums(x)[:, 0 if first_two else -1]
@@ -202,11 +198,7 @@ def score(logprob: Tensor, answers: Tensor) -> dict[str, float]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> str:
-    ways = {
-        "curriculum": [f"curriculum, {T} tokens" for T in TOKENS],
-        "from the start": [DIRECT],
-        "no thoughts": ["base"],
-    }
+    ways = {"curriculum": [f"curriculum, {T} tokens" for T in TOKENS], "from the start": [DIRECT], "no thoughts": ["base"]}
 
     def curves(up: str, across: str = "") -> dict[str, Any]:
         """For each way of training, its points over the lengths of thoughts, or over another figure."""

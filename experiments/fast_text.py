@@ -11,7 +11,6 @@ sampled: it takes ``DROPPED`` to the fourth power.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -41,22 +40,12 @@ def mixed_lines(digits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pretrained(seed: int, steps: int, folder: Path) -> LlamaForCausalLM:
-    """A model that has read 256 of these lines in each step; kept in ``folder`` for a run that is resumed.
-
-    The learning rate falls from 3e-3 to 5 % of it along a cosine.
-    """
+    """A model that has read 256 of these lines in each step; kept in ``folder`` for a run that is resumed."""
     if folder.exists():
         return LlamaForCausalLM.from_pretrained(folder)
     strings, _ = digit_sums.split_strings(seed)
     model, generator = digit_sums.new_model(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    digit_sums.train_lm(
-        model,
-        lambda step: mixed_lines(digit_sums.draw(strings, 256, generator), generator),
-        optimizer,
-        lambda step: 3e-3 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))),
-        steps,
-    )
+    digit_sums.read(model, lambda: mixed_lines(digit_sums.draw(strings, 256, generator), generator), steps, 3e-3)
     with replaced(folder) as beside:
         model.save_pretrained(beside)
     return model

@@ -163,7 +163,7 @@ def group_rl(
         seed=seed,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
     )
     data = Dataset.from_list([{"prompt": row.problem.prompt, "number": i} for i, row in enumerate(rows)])
     trainer = (SharedGRPOTrainer if shared else GRPOTrainer)(

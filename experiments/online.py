@@ -21,9 +21,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from digit_thoughts import SETTING, SIZES, digit_sums, pretrained, thinking, trained
+from digit_thoughts import SETTING, SIZES, digit_sums, pretrained, trained
 from experiments_claims import Claim, figure
-from sums.training import given_thoughts, train_plain
 
 from quietstar import OfflineThoughts, QuietStar, export_thoughts
 from quietstar.data.filtering import ThoughtFilter
@@ -50,9 +49,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     digits = held_out[: numbers["lines"]]
     generator = torch.Generator().manual_seed(seed)
     drawn = digit_sums.draw(strings, SETTING.lines * numbers["steps"], generator)
-    lines = digit_sums.DirectLines(drawn, SETTING, "own", generator)
+    lines = digit_sums.DirectLines(drawn, SETTING)
 
-    before = thinking(model, seed, **FIELDS)
+    before = digit_sums.think_with(model, SETTING, seed, **FIELDS)
     export_thoughts(before.train(), lines, out / "thoughts.jsonl", seed, SETTING.lines, wanted=ThoughtFilter(keep=1))
     before.thought_config = replace(before.thought_config, thoughts=1, advantage="relu")
     kept = OfflineThoughts(out / "thoughts.jsonl", lines, before)
@@ -66,9 +65,9 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
         row["right_thoughts"] = digit_sums.right_thoughts(thoughts[row["run"]], digits)
     rows[1]["kept_right"] = right_of_kept(kept, drawn)
     own = thoughts[RLP]
-    others = {ANOTHER: own.roll(1, 0), RANDOM: given_thoughts("random", tuple(own.shape), generator)}
+    others = {ANOTHER: own.roll(1, 0), RANDOM: torch.randint(10, own.shape, generator=generator)}
     rows += [{"run": name, **measured(rlp, digits, ids)} for name, ids in others.items()]
-    plain = train_plain(model, replace(SETTING, steps=numbers["steps"]), strings, digits, seed)["sampled"]
+    plain = digit_sums.train_plain(model, replace(SETTING, steps=numbers["steps"]), strings, digits, seed)["sampled"]
     return {"rows": [*rows, {"run": PLAIN, "accuracy": plain["right"] / plain["lines"], "loss": plain["nll"]}]}
 
 

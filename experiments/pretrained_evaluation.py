@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from natural_text_evaluation import held_out_losses
+from natural_text import held_out_losses
 from pretrained_problems import Problem, line
 from torch import Tensor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from digit_sums_report import rounded
 from experiments_report import markdown
 from pretrained_evaluation import chains
 from pretrained_problems import Problem
@@ -70,7 +71,7 @@ def collect(out: Path) -> tuple[list[Results], Results | None]:
 def write(seeds: list[Results], free: Results | None, problems: dict[str, list[Problem]], folder: Path) -> tuple[Path, str]:
     """Write pretrained.json and the generated part of pretrained.md; returns the page, and what it says of the claim."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "pretrained.json", as_json(_rounded({"seeds": seeds, "free_text": free})))
+    write_whole(folder / "pretrained.json", as_json(rounded({"seeds": seeds, "free_text": free})))
     learned = [arm for arm in WAYS_TO_LEARN if all(arm in results for results in seeds)]
     verdicts = [verdict(seeds, arm) for arm in learned]
     blocks = [*(f"**{words}**" for words in verdicts), seedsmarkdown(seeds), *(claimmarkdown(seeds, arm) for arm in learned)]
@@ -267,14 +268,6 @@ def draw(seeds: list[Results], learned: Sequence[str], path: Path) -> None:
     bars.set_yticks([len(names) - i - 0.25 for i in range(len(names))], [name.split(",")[0] for name in names])
     bars.set(xlabel="nats", title="gain of own thoughts over")
     save(figure, path)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [_rounded(x) for x in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def _interval(mean: float, low: float | None, high: float | None, digits: int = 2) -> str:

@@ -147,7 +147,7 @@ def train_group_rl(warm: str, out: Path, seed: int, steps: int) -> tuple[Any, An
     arguments = GRPOConfig(
         str(out), max_steps=steps, per_device_train_batch_size=4 * LINES, num_generations=4, max_completion_length=NEW_TOKENS,
         learning_rate=RATE, beta=0.0, save_steps=max(1, steps // 8), save_total_limit=1, report_to=[], seed=seed, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, logging_steps=5,
+        bf16=False, activation_checkpointing=False, logging_steps=5,
     )  # fmt: skip
     torch.manual_seed(seed)
     adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -114,9 +114,6 @@ def plot(results: list[dict[str, Any]], path: Path) -> str:
     panels(
         path,
         TITLE,
-        [
-            Panel("probability of a right step, before", "accuracy", known),
-            Panel("right thoughts, before", "accuracy", written),
-        ],
+        [Panel("probability of a right step, before", "accuracy", known), Panel("right thoughts, before", "accuracy", written)],
     )
     return "Accuracy after the published recipe against what each model could do before; each pale dot is a seed"

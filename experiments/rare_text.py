@@ -103,7 +103,7 @@ def knowledge(model: LlamaForCausalLM, digits: Tensor, seed: int) -> dict[str, f
     lines = helpful_lines(digits)
     probability = model.eval()(lines).logits[:, :-1].softmax(-1).gather(2, lines[:, 1:, None])[..., 0].mean(0)
     steps = probability[ANCHOR + 2 : ANCHOR + 1 + digit_sums.STEPS]  # at the first three steps, each of which predicts the next
-    qs = digit_sums.think_with(model, digit_sums.EQUALS_ONLY, digit_sums.QUIET_STAR, seed)
+    qs = digit_sums.think_with(model, digit_sums.EQUALS_ONLY, seed)
     right = digit_sums.right_thoughts(digit_sums.own_thoughts(qs, digits, seed=seed), digits)
     return {"steps_known": float(steps.min()), "answer_known": float(probability[-2]), "right_before": right}
 

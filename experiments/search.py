@@ -111,49 +111,12 @@ BASE: dict[str, dict[str, int]] = {
     "full": {"digits": 3, "rows": 8000, "start": 250, "pieces": 40},
 }
 ENOUGH, PIECE = 0.3, 10
+FIELDS = ("max_new", "samples", "problems", "valid_problems", "process_problems", "process_samples", "rollouts")
+FIELDS += ("process_steps", "revise_problems", "revise_samples", "revise_steps", "judge_steps")
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {
-        "max_new": 14,
-        "samples": 16,
-        "problems": 10,
-        "valid_problems": 5,
-        "process_problems": 20,
-        "process_samples": 1,
-        "rollouts": 1,
-        "process_steps": 1,
-        "revise_problems": 20,
-        "revise_samples": 2,
-        "revise_steps": 1,
-        "judge_steps": 1,
-    },
-    "quick": {
-        "max_new": 33,
-        "samples": 16,
-        "problems": 1000,
-        "valid_problems": 200,
-        "process_problems": 8000,
-        "process_samples": 1,
-        "rollouts": 2,
-        "process_steps": 300,
-        "revise_problems": 1000,
-        "revise_samples": 8,
-        "revise_steps": 200,
-        "judge_steps": 100,
-    },
-    "full": {
-        "max_new": 33,
-        "samples": 16,
-        "problems": 1000,
-        "valid_problems": 500,
-        "process_problems": 8000,
-        "process_samples": 1,
-        "rollouts": 4,
-        "process_steps": 600,
-        "revise_problems": 2000,
-        "revise_samples": 16,
-        "revise_steps": 600,
-        "judge_steps": 600,
-    },
+    "tiny": dict(zip(FIELDS, (14, 16, 10, 5, 20, 1, 1, 1, 20, 2, 1, 1), strict=True)),
+    "quick": dict(zip(FIELDS, (33, 16, 1000, 200, 8000, 1, 2, 300, 1000, 8, 200, 100), strict=True)),
+    "full": dict(zip(FIELDS, (33, 16, 1000, 500, 8000, 1, 4, 600, 2000, 16, 600, 600), strict=True)),
 }
 BEGINNINGS = {"problems": 500, "solutions": 4, "rollouts": 4}  # on which verifiers of beginnings are judged
 VERIFIER_RATE, REVISER_RATE = 5e-4, 3e-4  # learning rates

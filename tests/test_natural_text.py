@@ -22,13 +22,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true
 @pytest.fixture
 def tiny(scripts, tmp_path):
     """The smallest experiment, with its files, in a folder of its own."""
-    script = scripts("natural_text_tiny")
+    script = scripts("natural_text")
     return script.with_files(replace(script.TINY, out=str(tmp_path), seeds=1))
 
 
 def test_the_plain_arm_trains_the_text_alone(scripts, tiny):
     """The loss of its objective is the language model's own, and the mixing head gets no gradient."""
-    evaluation = scripts("natural_text_evaluation")
+    evaluation = scripts("natural_text")
     qs = evaluation.model(tiny, evaluation.BASE).train()
     ids = torch.randint(1, 250, (2, tiny.length), generator=torch.Generator().manual_seed(0))
     out = qs(ids, anchors=torch.zeros(2, 1, dtype=torch.int64), seed=0)
@@ -40,7 +40,7 @@ def test_the_plain_arm_trains_the_text_alone(scripts, tiny):
 def test_losses_are_those_of_the_evaluation(scripts, tiny):
     from quietstar.evaluation.losses import evaluate
 
-    evaluation = scripts("natural_text_evaluation")
+    evaluation = scripts("natural_text")
     qs = evaluation.model(tiny, evaluation.BASE)
     qs.use_config(tiny.thought_config("small"))
     torch.nn.init.normal_(qs.mixing_head[-1].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
@@ -53,20 +53,23 @@ def test_losses_are_those_of_the_evaluation(scripts, tiny):
     assert evaluation.held_out_losses(qs, texts, False, 2) == {"base": pytest.approx(found["base"], abs=1e-5)}
 
 
-def test_operations_are_those_that_pytorch_counts(scripts):
-    costs = scripts("natural_text_cost")
+def test_operations_are_those_that_pytorch_counts(scripts, tmp_path):
+    costs = scripts("natural_text")
     config = LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
     ids = torch.zeros(2, 48, dtype=torch.int64)
     model = LlamaForCausalLM(config)
     model.set_attn_implementation("eager")  # PyTorch doesn't count every kernel of the others
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids, use_cache=False)
-    expected = 2 * costs.Model.of(config).forward(48, 48, 48).operations  # two texts, whose rows see all 48
+    expected = 2 * costs.Model.of(config).forward(48, 48, 48)  # two texts, whose rows see all 48
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    config.save_pretrained(tmp_path)
+    said = costs.cost(costs.Experiment(model=str(tmp_path)), costs.Machine())
+    assert said.startswith("memory of training: ") and "\ntraining, official " in said and "\ntogether " in said
 
 
 def test_what_the_gains_say(scripts):
-    report = scripts("natural_text_report")
+    report = scripts("natural_text")
     losses = {
         "base model": [[3.0, 2.0, 4.0]],
         "trained without thoughts": [[2.9, 1.9, 3.91], [2.9, 1.89, 3.9]],
@@ -139,7 +142,7 @@ def test_killed_and_resumed_it_measures_the_same(scripts, tmp_path):
         assert (whole / name).stat().st_size
     assert "What thinking gains: small" in (whole / "report.md").read_text()
     script = scripts("natural_text")
-    e = replace(scripts("natural_text_tiny").TINY, out=str(whole), steps=8, seeds=2)
+    e = replace(script.TINY, out=str(whole), steps=8, seeds=2)
     left = [phase.result.relative_to(whole).parts[0] for phase in script.phases(e) if not phase.result.exists()]
     assert set(left) == {"plain-1", "small-1"}  # another seed only adds to what is there
     other = subprocess.run([*COMMAND, f"--out={whole}", "--steps=9"], env=ENVIRONMENT, capture_output=True, text=True)

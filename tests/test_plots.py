@@ -96,11 +96,11 @@ def test_a_backend_that_is_not_there_is_not_needed(name, tmp_path):
 
 @pytest.mark.long
 def test_digit_sums(drawn, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    plots = importlib.import_module("sums.plots")
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    report = importlib.import_module("digit_sums_report")
     results = json.loads((ROOT / "docs/digit_sums.json").read_text())
-    assert len(plots.draw(results, tmp_path)) == 3
-    assert check(drawn) == 2
+    assert len(report.draw(results, tmp_path)) == 3
+    assert check(drawn) == 5
 
 
 @pytest.mark.long

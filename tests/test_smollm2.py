@@ -122,7 +122,7 @@ def test_shared_prompts_have_the_gradients_of_stock_grpo(smollm2, folder, tmp_pa
         data = Dataset.from_list([{"prompt": "none"}])
         made = cls(smollm2(), lambda **_: [], arguments, data, processing_class=load_tokenizer(folder), peft_config=adapters)
         made.current_gradient_accumulation_steps = 1
-        made.model.gradient_checkpointing_enable()
+        made.model.activation_checkpointing_enable()
         made.model.train()
         return made
 

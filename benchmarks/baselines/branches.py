@@ -138,11 +138,6 @@ class BranchCase(Case):
         """The same of copies of the text with one branch each."""
         return sum(len(rows) * rows.shape[1] * (rows.shape[1] + 1) // 2 for rows in self.sequences)
 
-    @property
-    def arithmetic(self) -> float:
-        """How many times more arithmetic copies take than packed branches."""
-        return self.pairs_repeated / self.pairs
-
     def inputs(self, seed: int) -> Inputs:
         shapes = {"q": (self.H, self.rows), "k": (self.G, self.M), "v": (self.G, self.M), "grad_out": (self.H, self.rows)}
         packed = {name: self.randn(4 * seed + i, 1, *shape, self.K) for i, (name, shape) in enumerate(shapes.items())}
@@ -230,10 +225,7 @@ def _drafter(case: BranchCase) -> ThoughtLayout:
     return ThoughtLayout.packed(anchors, torch.full_like(anchors, case.S), lo=lo, own="full")
 
 
-_layouts: dict[str, Callable[[BranchCase], ThoughtLayout]] = {
-    "prompts": _prompts,
-    "drafter": _drafter,
-}
+_layouts: dict[str, Callable[[BranchCase], ThoughtLayout]] = {"prompts": _prompts, "drafter": _drafter}
 
 
 def work_of(case: BranchCase, pairs: int) -> Work:

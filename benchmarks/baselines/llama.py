@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness.case import Case
 
 # Shapes of models that people train; Llamas all the same.
 SMOLLM2_135M = {"layers": 30, "D": 576, "I": 1536, "H": 9, "G": 3, "V": 49152}
@@ -13,8 +16,36 @@ QWEN3_600M = {"layers": 28, "D": 1024, "I": 3072, "H": 16, "G": 8, "width": 128,
 LLAMA_8B = {"layers": 32, "D": 4096, "I": 14336, "H": 32, "G": 8, "V": 128256}
 
 
-def random_llama(case: Any, seed: int, **more: Any) -> LlamaForCausalLM:
-    """With V, D, I, layers, H, G, K, dtype and device of the case; ``more`` goes to the config."""
+@dataclass(frozen=True, kw_only=True)
+class LlamaCase(Case):
+    """A case with a Llama of random weights.
+
+    Attributes:
+        I: width of the feed-forward layers.
+        width: of a head, D/H if 0.
+    """
+
+    rotates: ClassVar[bool] = False
+    layers: int = 4
+    D: int = 256
+    I: int = 768
+    H: int = 4
+    G: int = 2
+    V: int = 2048
+    width: int = 0
+
+    @property
+    def K(self) -> int:
+        return self.width or self.D // self.H
+
+    @property
+    def matrices(self) -> int:
+        """Weights of all layers."""
+        return self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
+
+
+def random_llama(case: LlamaCase, seed: int, **more: Any) -> LlamaForCausalLM:
+    """``more`` goes to the config."""
     config = LlamaConfig(
         vocab_size=case.V,
         hidden_size=case.D,

@@ -9,12 +9,9 @@ Counters need ncu on PATH and the right to read them; clocks stay as they are. U
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,16 +27,8 @@ LARGEST = 20  # kernels of a step
 KERNELS = "regex:^attention_(forward|backward_queries|backward_keys)$"
 # Shares of a GPU's peak: products, exponentials, instructions. Bytes from L2 and from memory. And what warps wait for, in warps
 # per issued instruction; gmma is the product of a warp group.
-STALLS = (
-    "long_scoreboard",
-    "short_scoreboard",
-    "wait",
-    "barrier",
-    "gmma",
-    "math_pipe_throttle",
-    "mio_throttle",
-    "not_selected",
-)
+STALLS = ("long_scoreboard", "short_scoreboard", "wait", "barrier", "gmma")
+STALLS += ("math_pipe_throttle", "mio_throttle", "not_selected")
 METRICS = [
     "gpu__time_duration.sum",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
@@ -54,12 +43,7 @@ METRICS = [
     "dram__bytes.sum.per_second",
     *(f"smsp__average_warps_issue_stalled_{stall}_per_issue_active.ratio" for stall in STALLS),
 ]
-
-SURE = [
-    x
-    for x in METRICS
-    if x.startswith(("gpu__time", "smsp__issue", "lts__t_bytes.sum", "dram__bytes.sum")) or "inst_executed" in x
-]
+SURE = [x for x in METRICS if x.startswith(("gpu__time", "smsp__i", "sm__inst", "lts__t_bytes", "dram__bytes"))]
 
 
 def main() -> None:
@@ -83,47 +67,17 @@ def case_of(benchmark: Benchmark, device: torch.device, grid: str, what: str) ->
 
 
 def counters(device: torch.device) -> tuple[str, str]:
-    """A table of the metrics by kernel, of a forward and backward at L 2048."""
+    """A table of the metrics for each kernel, of a forward and backward at L 2048."""
     if not (ncu := shutil.which("ncu")):
         return "", "ncu is not on PATH"
     watched = [ncu, "--clock-control", "none", "--target-processes", "all", "--kernel-name-base", "function"]
-    watched += ["--kernel-name", KERNELS, "--csv", "--page", "raw"]
+    watched += ["--kernel-name", KERNELS]
     called = [sys.executable, "-m", "benchmarks.gpu.profiles", "call", "--device", str(device)]
     for metrics in (METRICS, SURE):  # an older ncu may refuse all for one name that it doesn't know
         done = subprocess.run([*watched, "--metrics", ",".join(metrics), *called], capture_output=True, text=True)
-        if done.returncode == 0 and '"Kernel Name"' in done.stdout:
-            return counters_table(done.stdout)
+        if done.returncode == 0 and METRICS[0] in done.stdout:
+            return done.stdout, f"{sum(name in done.stdout for name in METRICS)} of {len(METRICS)} metrics"
     return sys.exit("\n".join([*done.stdout.splitlines(), *done.stderr.splitlines()][-20:]))
-
-
-def counters_table(output: str) -> tuple[str, str]:
-    """ncu's CSV turned around: a line for each metric, a column for each kernel launched.
-
-    Its rows are launches, below their units, or by its version one metric of a launch each.
-    """
-    header, *rows = [row for row in csv.reader(io.StringIO(output[output.index('"ID"') :])) if len(row) > 1]
-    place = {name: i for i, name in enumerate(header)}
-    names, found, units = {}, defaultdict(dict), {}  # by launch
-    for row in rows:
-        launch = row[place["ID"]]
-        if not launch:
-            units = {metric: row[place[metric]] for metric in METRICS if metric in place}
-            continue
-        names[launch] = row[place["Kernel Name"]], row[place["Grid Size"]]
-        if "Metric Name" in place:
-            metric = row[place["Metric Name"]]
-            units[metric], found[metric][launch] = row[place["Metric Unit"]], row[place["Metric Value"]]
-        else:
-            for metric in units:
-                found[metric][launch] = row[place[metric]]
-    wide = max(map(len, METRICS)) + 16
-    lines = [
-        f"{title:{wide}}" + "".join(f"{name[i][:26]:>28}" for name in names.values()) for i, title in enumerate(("", "grid"))
-    ]
-    for metric in METRICS:
-        title = f"{metric} [{units[metric]}]" if units.get(metric) else metric
-        lines.append(f"{title:{wide}}" + "".join(f"{found[metric].get(launch, 'n/a'):>28}" for launch in names))
-    return "\n".join(lines), f"{len([x for x in METRICS if found[x]])} of {len(METRICS)} metrics, {len(names)} launches"
 
 
 def call(device: torch.device) -> tuple[str, str]:

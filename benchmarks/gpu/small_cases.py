@@ -11,14 +11,7 @@ import os
 import torch
 
 from benchmarks.report import units
-from quietstar_kernels import (
-    ThoughtLayout,
-    backends,
-    linear_logprob,
-    sample_token,
-    thought_attention,
-    thought_decode,
-)
+from quietstar_kernels import ThoughtLayout, backends, linear_logprob, sample_token, thought_attention, thought_decode
 from quietstar_kernels.testing import (
     attention_inputs,
     decode_inputs,

@@ -95,26 +95,14 @@ KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list
         forward,
         tiles([64, 128], [32, 64, 128], [16, 32], [2, 3], QUERIES),
     ),
-    "dq": (
-        [configs.ATTENTION_BACKWARD_QUERIES],
-        gradients("dq"),
-        tiles([64, 128], [16, 32, 64], [16, 32], [2, 3], QUERIES),
-    ),
+    "dq": ([configs.ATTENTION_BACKWARD_QUERIES], gradients("dq"), tiles([64, 128], [16, 32, 64], [16, 32], [2, 3], QUERIES)),
     "text keys": (
         [configs.ATTENTION_BACKWARD_TEXT_KEYS],
         gradients("text keys"),
         tiles([64, 128], [16, 32, 64], [0], [2, 3], KEYS),
     ),
-    "own keys": (
-        [configs.ATTENTION_BACKWARD_OWN_KEYS],
-        gradients("own keys"),
-        tiles([64, 128], [16, 32], [0], [2, 3], KEYS),
-    ),
-    "decode": (
-        [configs.THOUGHT_DECODE],
-        decode,
-        tiles([64, 128], [32, 64], [16, 32], [2, 3], QUERIES),
-    ),
+    "own keys": ([configs.ATTENTION_BACKWARD_OWN_KEYS], gradients("own keys"), tiles([64, 128], [16, 32], [0], [2, 3], KEYS)),
+    "decode": ([configs.THOUGHT_DECODE], decode, tiles([64, 128], [32, 64], [16, 32], [2, 3], QUERIES)),
 }
 
 

@@ -54,11 +54,7 @@ class Timing:
 
 
 def measure(
-    candidates: dict[str, Sequence[Run]],
-    device: torch.device,
-    rounds: int = 7,
-    budget: float = 10.0,
-    graph: bool | None = None,
+    candidates: dict[str, Sequence[Run]], device: torch.device, rounds: int = 7, budget: float = 10.0, graph: bool | None = None
 ) -> dict[str, Timing]:
     """Warm up every candidate, then run ``rounds`` rounds of each in turn.
 

@@ -96,12 +96,7 @@ def nowhere(rows: list[Row]) -> None:
 
 
 def compare(
-    case: Case,
-    ours: Candidate,
-    baselines: Sequence[Candidate],
-    rates: dict[str, float],
-    effort: Effort,
-    write: Write = nowhere,
+    case: Case, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort, write: Write = nowhere
 ) -> list[Row]:
     """Check ``ours``, then check each baseline and time it in turn with ours. Each has a row, whether or not it could be timed.
 

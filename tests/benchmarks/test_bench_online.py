@@ -77,5 +77,5 @@ def test_rows_and_goals(rates, effort):
     ours, theirs = BENCHMARK.compare(ROLLOUT, OURS, BASELINES[1:], rates, effort)
     assert ours.of_roofline and theirs.times_ours
     assert ours.note == theirs.note == f"thoughts of {float(TINIEST.lengths.float().mean()):.0f} tokens"
-    found = [theirs.as_dict() | {"what": "step", "times_ours": 4.0, "candidate": x.name} for x in BASELINES]
+    found = [theirs.as_dict() | {"grid": "headline", "what": "step", "times_ours": 4.0, "candidate": x.name} for x in BASELINES]
     assert [goal.verdict(found)[2] for goal in goals.CPU if "of RLP" in goal.what] == ["miss", "pass"]

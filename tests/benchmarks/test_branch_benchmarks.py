@@ -10,7 +10,6 @@ from benchmarks.baselines import flashmask
 from benchmarks.baselines.branches import BASELINES, BranchCase
 from benchmarks.bench_branches import BENCHMARK, smoke
 from benchmarks.harness.case import Wrong
-from benchmarks.report import goals
 from quietstar_kernels import ThoughtLayout
 
 CPU = torch.device("cpu")
@@ -30,7 +29,6 @@ def test_sees_and_work_follow_the_layout(grid):
 def test_copies_take_more_arithmetic():
     case = BranchCase(L=512, C=8, S=64)
     assert (case.pairs, case.pairs_repeated) == (512 * 513 / 2 + 8 * (512 * 64 + 64 * 65 / 2), 8 * 576 * 577 / 2)
-    assert round(case.arithmetic, 1) == 3.2
 
 
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
@@ -86,12 +84,3 @@ def test_flashmask_is_asked_for_no_other_masks(layout, reason, monkeypatch):
     monkeypatch.setattr(flashmask, "find_spec", lambda name: True)
     found = flashmask.no_flashmask(case)
     assert found is None if reason is None else reason in found
-
-
-def test_goals_read_the_rows():
-    sizes = {"L": 512, "C": 8, "S": 64, "H": 8, "G": 2, "K": 64}
-    row = {"op": "branches", "grid": "prompt", "candidate": goals.COPIES, "seconds": 1.0, "sizes": sizes, "is_ours": False}
-    rows = [row | {"what": "forward", "times_ours": 3.0}, row | {"what": "forward+backward", "times_ours": 2.0}]
-    assert goals.over_copies(512, 64)(rows) == 2.0 and goals.over_copies(512, 256)(rows) is None
-    part = goals.of_arithmetic("prompt")(rows)
-    assert part == pytest.approx(2 / BranchCase(grid="prompt", **sizes).arithmetic)

@@ -11,7 +11,6 @@ import torch
 from benchmarks import command
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.processes import ROOT
-from benchmarks.gpu.profiles import METRICS, counters_table
 from benchmarks.gpu.stages import MINUTES, ROWS, STAGES, TREES, WITHOUT_A_GPU, Plan
 from benchmarks.harness.candidate import Candidate
 from benchmarks.run import BENCHMARKS
@@ -130,34 +129,6 @@ def test_sizes_that_are_refused(sizes, message, capsys):
             ALL, command.make_parser(ALL, None).parse_args(["--op", "branches", "--device", "cpu", "--sizes", sizes])
         )
     assert message or "must be letters and positive integers such as B=4,L=512" in capsys.readouterr().err
-
-
-KERNELS = ["attention_forward", "attention_backward_keys"]
-
-
-def wide():
-    header = ["ID", "Process ID", "Kernel Name", "Grid Size", *METRICS[:2]]
-    rows = [[str(i), "7", name, "(264, 1, 1)", f"1{i},024", "42.5"] for i, name in enumerate(KERNELS)]
-    return [header, ["", "", "", "", "usecond", "%"], *rows]
-
-
-def long():
-    header = ["ID", "Kernel Name", "Grid Size", "Metric Name", "Metric Unit", "Metric Value"]
-    values = [(METRICS[0], "usecond", "1{},024"), (METRICS[1], "%", "42.5")]
-    rows = [
-        [str(i), name, "(264, 1, 1)", x, unit, value.format(i)] for i, name in enumerate(KERNELS) for x, unit, value in values
-    ]
-    return [header, *rows]
-
-
-@pytest.mark.parametrize("rows", [wide(), long()], ids=["a row a launch", "a row a metric"])
-def test_counters_are_turned_into_a_table(rows):
-    text = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
-    table, last = counters_table(f"==PROF== Connected to process 7\ncalled\n{text}\n")
-    lines = table.splitlines()
-    assert lines[0].split() == KERNELS and lines[2].split() == [METRICS[0], "[usecond]", "10,024", "11,024"]
-    assert lines[3].split()[1:] == ["[%]", "42.5", "42.5"] and lines[4].split() == [METRICS[2], "n/a", "n/a"]
-    assert len(lines) == 2 + len(METRICS) and last == f"2 of {len(METRICS)} metrics, 2 launches"
 
 
 def test_the_list_of_wheels_is_found_by_make():

@@ -86,22 +86,8 @@ def test_goals(results):
 
 def test_goals_of_a_gpu():
     by_name = {goal.what: goal for goal in goals.GPU}
-    sample = {"op": "sample_token", "sizes": {"R": 256}}
-    rows = [
-        row(**sample, candidate="sample_token"),
-        row(**sample, candidate="the matmul alone", is_partial=True, times_ours=0.9),
-    ]
-    assert by_name["sample_token, R >= 256, time over the matmul's"].verdict(rows) == ("<= 1.12x", "1.11x", "pass")
-    rows[1]["times_ours"] = 0.8
-    assert by_name["sample_token, R >= 256, time over the matmul's"].verdict(rows)[1:] == ("1.25x", "miss")
-    both = "forward+backward"
-    flex = {"candidate": "FlexAttention, compiled"}
-    rows = [row(seconds=0.01), row(what=both, seconds=0.03), row(**flex, seconds=0.02), row(**flex, what=both, seconds=0.08)]
-    assert by_name["attention backward, speedup over FlexAttention"].verdict(rows) == (">= 1.50x", "3.00x", "pass")
-    long = {"sizes": {"L": 2048}, "grid": "text"}
-    rows = [row(seconds=0.1, flops_rate=700e12, **long), row(what=both, seconds=0.4, flops_rate=612.5e12, **long)]
+    rows = [row(seconds=0.1, flops_rate=700e12, sizes={"L": 2048}, grid="text")]
     assert by_name["attention forward, L 2048, useful FLOP/s"].verdict(rows) == (">= 500 TFLOP/s", "700 TFLOP/s", "pass")
-    assert by_name["attention backward, L 2048, useful FLOP/s"].verdict(rows) == (">= 350 TFLOP/s", "583 TFLOP/s", "pass")
     longer = [x | {"sizes": {"L": 4096}, "flops_rate": 1e12} for x in rows]
     assert by_name["attention forward, L 2048, useful FLOP/s"].verdict(rows + longer)[1:] == ("700 TFLOP/s", "pass")
     decode = {"op": "thought_decode"}
@@ -110,16 +96,14 @@ def test_goals_of_a_gpu():
         row(**decode, times_ours=3.0, candidate="SDPA, dense mask"),
     ]
     rows += [row(**decode, times_ours=1.9, candidate="flash prefix + own block (PyTorch)")]
+    rows += [row(**decode, times_ours=1.1, candidate="thought_decode, triton", version="quietstar-kernels 0.1.0")]  # no rival
     assert by_name["decode step, speedup over the fastest baseline"].verdict(rows)[1:] == ("1.90x", "miss")
     assert by_name["decode step, share of the roofline"].verdict(rows)[1:] == ("72 %", "pass")
     seconds, memory = (by_name[f"linear_logprob, 8192 x 4096 x 152k, {what}"] for what in ("time", "memory"))
-    loss = row(op="linear_logprob", candidate="linear_logprob", what=both, seconds=0.045, peak_bytes=7 * 2**30)
+    loss = row(op="linear_logprob", candidate="linear_logprob", what="forward+backward", seconds=0.045, peak_bytes=7 * 2**30)
     again = loss | {"candidate": "linear_logprob, no logits kept", "is_ours": False, "seconds": 0.06, "peak_bytes": 2**40}
     assert seconds.verdict([loss, again]) == ("<= 50.0 ms", "45.0 ms", "pass")
     assert memory.verdict([loss, again]) == ("<= 6.00 GiB", "7.00 GiB", "miss")
-    copies = row(op="branches", candidate=goals.COPIES, grid="prompt", times_ours=2.0, sizes={"L": 2048, "S": 256})
-    prompt = by_name["branches, prompt 2048, 8 of 256, speedup over repeated prompts"]
-    assert prompt.verdict([copies]) == (">= 2.60x", "2.00x", "miss")
     step = row(op="step", candidate="QuietStar", what="training step", grid="Llama 8B, LoRA", of_roofline=0.55) | {
         "is_ours": True
     }
@@ -198,15 +182,6 @@ def test_the_section_of_the_readme_has_the_headline_cases_and_what_is_not_measur
     section = readme.section(tmp_path)
     assert "**Test CPU, 2 threads**, 2026-11-20, torch 2.13.0" in section and "GPUs: not measured. `make gpu`" in section
     assert "| 50.0 ms | 40 % | SDPA, dense mask 25.0; FlexAttention, compiled 2.80 |" in section
-
-
-def test_ours_by_another_back_end_is_no_rival():
-    goal = next(goal for goal in goals.GPU if goal.what.startswith("decode step, speedup over"))
-    decode = {"op": "thought_decode", "times_ours": 2.5}
-    rows = [row(**decode, candidate="thought_decode"), row(**decode, candidate="flash prefix + own block (PyTorch)")]
-    other = row(**decode | {"times_ours": 1.1}, candidate="thought_decode, triton", version="quietstar-kernels 0.1.0")
-    assert goal.verdict([*rows, other])[1:] == ("2.50x", "pass")
-    assert goal.verdict([*rows, other | {"version": "x 1"}])[1:] == ("1.10x", "miss")
 
 
 def test_units():

@@ -1,4 +1,4 @@
-"""The benchmark of trees: what its cases count, that its baselines compute the same, and how its goals read the rows."""
+"""The benchmark of trees: what its cases count, and that its baselines compute the same."""
 
 from dataclasses import replace
 
@@ -10,7 +10,6 @@ from benchmarks.baselines.branches import Repeated
 from benchmarks.baselines.trees import BASELINES, TreeCase
 from benchmarks.bench_trees import BENCHMARK, smoke
 from benchmarks.harness.case import Wrong
-from benchmarks.report import goals
 
 CPU = torch.device("cpu")
 CASES = {case.grid: replace(case, what="forward") for case in smoke(CPU)}
@@ -54,12 +53,3 @@ def test_a_time_has_its_pairs_beside_it(rates, effort):
     without = [baseline for baseline in BASELINES if not baseline.compiles]
     rows = BENCHMARK.compare(CASES["headline"], BENCHMARK.ours, without, rates, effort)
     assert [row.note for row in rows] == ["", "2.00 times the pairs", "2.00 times the pairs", "1.25 times the pairs"]
-
-
-def test_goals_read_the_rows():
-    case = TreeCase()
-    row = {"op": "trees", "grid": "headline", "sizes": case.sizes, "candidate": trees.PATHS}
-    rows = [row | {"what": "forward", "times_ours": 1.5}, row | {"what": "forward+backward", "times_ours": 1.2}]
-    ratio = trees.pairs_of(case.branches) / case.pairs
-    assert goals.over_pairs(trees.PATHS)(rows) == pytest.approx(ratio / 1.2)
-    assert goals.over_pairs(trees.SEQUENCES)(rows) is None

@@ -1,20 +1,12 @@
 """examples/block_drafter.py: what its blocks see and learn, that drafts change no output, and the whole run."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "block_drafter.py"
-
 
 @pytest.fixture
-def demo():
-    spec = importlib.util.spec_from_file_location("block_drafter", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def demo(example):
+    return example("block_drafter")
 
 
 @pytest.fixture

@@ -49,8 +49,8 @@ def kinds_of_lines(text):
 
 def test_lines_hold_right_sums_and_the_share_of_asides(sums, strings) -> None:
     generator = torch.Generator().manual_seed(0)
-    lines = sums.task.mixed_lines(sums.draw(strings[0], 4000, generator), generator)
-    text = [sums.task.as_text(line).replace(" ", "").split("\n") for line in lines]
+    lines = sums.mixed_lines(sums.draw(strings[0], 4000, generator), generator)
+    text = [sums.as_text(line).replace(" ", "").split("\n") for line in lines]
     assert all(set(after) <= {"_"} for _, after in text)
     kinds, right = zip(*kinds_of_lines(line for line, _ in text), strict=True)
     assert all(right) and "wrong" not in kinds
@@ -67,7 +67,7 @@ def test_held_out_strings_are_never_trained_on(strings) -> None:
 @pytest.fixture
 def wrapped(sums):
     """An untrained model whose mixing weights are not 0."""
-    qs = sums.think_with(sums.new_model(0), sums.runs.EVERYWHERE, sums.QUIET_STAR, seed=0)
+    qs = sums.think_with(sums.new_model(0), sums.EVERYWHERE, seed=0)
     torch.nn.init.normal_(qs.mixing_head[-1].weight)
     return qs
 
@@ -75,7 +75,7 @@ def wrapped(sums):
 @pytest.mark.parametrize("mixing", ["logits", "logprobs"])
 def test_predictions_are_those_of_the_wrapper(sums, strings, wrapped, mixing) -> None:
     wrapped = wrapped.with_config(replace(wrapped.thought_config, mixing=mixing))
-    digits, anchors = strings[1][:50], sums.runs.EVERYWHERE.anchors
+    digits, anchors = strings[1][:50], sums.EVERYWHERE.anchors
     thoughts = sums.own_thoughts(wrapped, digits, anchors, seed=0)
     prediction = sums.predict(wrapped, digits, thoughts, anchors)
     lines = sums.direct_lines(digits)
@@ -87,7 +87,7 @@ def test_predictions_are_those_of_the_wrapper(sums, strings, wrapped, mixing) ->
     torch.testing.assert_close(prediction.base, plain)
     for logprobs, nll in ((prediction.base, out.nll_base), (prediction.mixed, out.nll_mix[:, :, 0, 0])):
         torch.testing.assert_close(-logprobs.gather(2, lines[:, 1:, None])[..., 0], nll)
-    assert wrapped.thought_config.thoughts == sums.runs.EVERYWHERE.thoughts
+    assert wrapped.thought_config.thoughts == sums.EVERYWHERE.thoughts
 
 
 def test_scores_of_an_oracle_and_of_a_model_one_off(sums, strings) -> None:
@@ -105,19 +105,19 @@ def test_scores_of_an_oracle_and_of_a_model_one_off(sums, strings) -> None:
 
 def test_equals_is_rewarded_wherever_it_thinks(sums, strings) -> None:
     """The objective leaves out the last position with all its targets, which must not be "="."""
-    for setting in (sums.EQUALS_ONLY, sums.runs.EVERYWHERE):
-        data = sums.DirectLines(strings[0][:4], setting, "own", torch.Generator())
+    for setting in (sums.EQUALS_ONLY, sums.EVERYWHERE):
+        data = sums.DirectLines(strings[0][:4], setting)
         batch = {name: torch.stack([data[i][name] for i in range(4)]) for name in data[0]}
-        qs = sums.think_with(sums.new_model(0), setting, sums.QUIET_STAR, seed=0)
+        qs = sums.think_with(sums.new_model(0), setting, seed=0)
         assert int(qs.count_targets(**batch).places) == 4 * setting.thoughts * (setting.anchors.index(sums.AT_EQUALS) + 1)
 
 
 @pytest.mark.long
 def test_every_run_for_three_steps(digit_sums, sums, monkeypatch, tmp_path, capsys) -> None:
-    real_gate = sums.pretraining.measure_gate
-    monkeypatch.setattr(sums.pretraining, "measure_gate", lambda *args: {**real_gate(*args), "passed": True})
-    monkeypatch.setattr(sums.training, "CURVE_LINES", 16)
-    runs = {replace(setting, lines=4, steps=3): names for setting, names in sums.runs.ALL_RUNS.items()}
+    real_gate = sums.measure_gate
+    monkeypatch.setattr(sums, "measure_gate", lambda *args: {**real_gate(*args), "passed": True})
+    monkeypatch.setattr(digit_sums, "CURVE_LINES", 16)
+    runs = {replace(setting, lines=4, steps=3): names for setting, names in digit_sums.ALL_RUNS.items()}
     seed = digit_sums.run_seed(0, runs, tmp_path, pretraining_steps=3, test_lines=64)
     assert all(
         0 <= row[how]["right"] <= 64 == row[how]["lines"] for row in seed["rows"] for how in ("sampled", "greedy") if how in row
@@ -130,7 +130,7 @@ def test_every_run_for_three_steps(digit_sums, sums, monkeypatch, tmp_path, caps
         assert found["gain"] == pytest.approx(found["mixing"] + found["content"])
     assert not all(check["passed"] for check in seed["checks"])  # three steps teach nothing, and the checks say so
 
-    results = {**sums.results.describe_machine(), "seeds": [seed]}
+    results = {**digit_sums.report.describe_machine(), "seeds": [seed]}
     digit_sums.report.show(results, tmp_path)
     said = capsys.readouterr().out
     assert "FAIL" in said and "What thinking gains at the answer" in said
@@ -138,24 +138,24 @@ def test_every_run_for_three_steps(digit_sums, sums, monkeypatch, tmp_path, caps
     assert written["seeds"][0]["rows"][0]["run"] == "Quiet-STaR"
     pytest.importorskip("matplotlib")
     assert (tmp_path / "page.html").read_text().count("data:image/png") == 3
-    sums.docs_page.write_docs(written, tmp_path)
+    digit_sums.report.write_docs(written, tmp_path)
     assert json.loads((tmp_path / "digit_sums.json").read_text()) == written
-    assert f"begin -->\n{sums.docs_page.block(written)}\n<!--" in (tmp_path / "results.md").read_text()
+    assert f"begin -->\n{digit_sums.report.block(written)}\n<!--" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.long
 def test_a_seed_that_pretraining_failed_trains_nothing(digit_sums, sums, tmp_path, capsys) -> None:
-    seed = digit_sums.run_seed(0, sums.runs.QUICK_RUNS, tmp_path, pretraining_steps=2, test_lines=64)
+    seed = digit_sums.run_seed(0, digit_sums.QUICK_RUNS, tmp_path, pretraining_steps=2, test_lines=64)
     assert seed["rows"] == [] and seed["pretraining"]["steps"] == 4
     assert not any(check["passed"] for check in seed["checks"])
-    digit_sums.report.show({**sums.results.describe_machine(), "seeds": [seed]}, tmp_path)
+    digit_sums.report.show({**digit_sums.report.describe_machine(), "seeds": [seed]}, tmp_path)
     assert "pretraining did not teach" in capsys.readouterr().out
 
 
-def test_the_docs_are_written_from_their_numbers(sums) -> None:
+def test_the_docs_are_written_from_their_numbers(digit_sums) -> None:
     docs = EXAMPLES.parent / "docs"
     results = json.loads((docs / "digit_sums.json").read_text())
-    assert sums.docs_page.block(results) in (docs / "results.md").read_text()
+    assert digit_sums.report.block(results) in (docs / "results.md").read_text()
     assert len(results["seeds"]) >= 3
 
 
@@ -171,7 +171,7 @@ def one_thread():
 def test_resume_keeps_the_seeds_that_are_done(digit_sums, one_thread, monkeypatch, tmp_path, capsys) -> None:
     ran = []
 
-    def run_seed(seed, runs, out, test_lines):
+    def run_seed(seed, runs, out, **quick):
         ran.append(seed)
         if ran == [0, 1, 2]:
             raise KeyboardInterrupt
@@ -197,63 +197,42 @@ def test_resume_keeps_the_seeds_that_are_done(digit_sums, one_thread, monkeypatc
 
 
 @pytest.fixture
-def pretrained(sums, strings, one_thread, tmp_path_factory):
+def pretrained(digit_sums, sums, strings, one_thread, tmp_path_factory):
     """The language model that all runs start from, and its gate; trained by the first test that needs it."""
     folder = tmp_path_factory.getbasetemp() / "digit-sums"
     if not folder.exists():
-        model, gate = sums.pretrain(*strings, seed=0, steps=600)
+        model, gate = sums.pretrain(*strings, seed=0, steps=digit_sums.QUICK_PRETRAINING)
         model.save_pretrained(folder)
         (folder / "gate.json").write_text(json.dumps(gate))
-    return folder
-
-
-def load(folder):
-    return LlamaForCausalLM.from_pretrained(folder), json.loads((folder / "gate.json").read_text())
-
-
-def train_briefly(sums, monkeypatch, model, setting, out, **changes):
-    """A run with other fields of its TrainConfig."""
-    monkeypatch.setattr(sums.quiet_star, "TrainConfig", lambda **given: TrainConfig(**given | changes))
-    qs, _ = sums.training.train_thoughts(model, setting, sums.QUIET_STAR, *sums.split_strings(0), 0, out)
-    return qs
-
-
-def assert_it_thinks(sums, qs, greedy=0.9, lines=512):
-    """The thresholds of a whole run on held-out lines; with another line's thoughts it answers at chance."""
-    _, held_out = sums.split_strings(0)
-    row = sums.evaluation.evaluate(qs, sums.QUIET_STAR, held_out[:lines], seed=0)
-    assert sums.results.exact_match(row, "greedy") >= greedy and sums.results.exact_match(row, "sampled") >= 0.85
-    assert row["sampled"]["nll"] <= 0.6
-    others = sums.own_thoughts(qs, held_out[:lines]).roll(1, 0)
-    shuffled = sums.score(sums.predict(qs, held_out[:lines], others).mixed, held_out[:lines])
-    assert shuffled["right"] / lines <= 0.15
+    return lambda: (LlamaForCausalLM.from_pretrained(folder), json.loads((folder / "gate.json").read_text()))
 
 
 @pytest.mark.long
 def test_thinking_at_equals_helps(digit_sums, sums, pretrained, tmp_path, monkeypatch) -> None:
     """One seed of fewer steps meets every threshold; about a minute and a half, with pretraining."""
-    monkeypatch.setattr(digit_sums, "pretrain", lambda *arguments: load(pretrained))
-    runs = {replace(sums.EQUALS_ONLY, steps=120): (sums.QUIET_STAR, sums.runs.FROZEN, sums.runs.PAUSES)}
+    monkeypatch.setattr(sums, "pretrain", lambda *arguments: pretrained())
+    runs = {replace(sums.EQUALS_ONLY, steps=120): (digit_sums.QUIET_STAR, digit_sums.FROZEN, digit_sums.PAUSES)}
     seed = digit_sums.run_seed(0, runs, tmp_path, test_lines=1024)
     assert len(seed["checks"]) == 11
     assert [check for check in seed["checks"] if not check["passed"]] == []
 
 
 @pytest.mark.long
-def test_thinking_helps_with_adapters(sums, pretrained, tmp_path, monkeypatch) -> None:
+def test_thinking_helps_with_adapters(digit_sums, sums, pretrained, strings, tmp_path, monkeypatch) -> None:
     """Only LoRA, the mixing head and the two vectors are trained; the checkpoint thinks on the unchanged base model."""
     pytest.importorskip("peft")
-    model, gate = load(pretrained)
+    model, gate = pretrained()
     assert gate["passed"]
+    setting, digits = replace(sums.EQUALS_ONLY, steps=50), strings[1][:512]
+    qs = sums.think_with(model, setting, seed=0)
+    qs.add_adapters(AdapterConfig(lora_rank=8))
+    generator = torch.Generator().manual_seed(0)
+    lines = sums.DirectLines(sums.draw(strings[0], setting.lines * setting.steps, generator), setting)
+    monkeypatch.setattr(sums, "TrainConfig", lambda **given: TrainConfig(**given | {"learning_rate": 5e-3}))
+    sums.train_to_think(qs, lines, setting, tmp_path, seed=0)
 
-    def with_adapters(*arguments):
-        qs = think_with(*arguments)
-        qs.add_adapters(AdapterConfig(lora_rank=8))
-        return qs
-
-    think_with = sums.think_with
-    monkeypatch.setattr(sums.training, "think_with", with_adapters)
-    setting = replace(sums.EQUALS_ONLY, steps=50)
-    train_briefly(sums, monkeypatch, model, setting, tmp_path, learning_rate=5e-3)
-    qs = QuietStar.from_pretrained(places.folder(tmp_path, 50), base=load(pretrained)[0])
-    assert_it_thinks(sums, qs.eval())
+    qs = QuietStar.from_pretrained(places.folder(tmp_path, 50), base=pretrained()[0]).eval()
+    row = digit_sums.evaluate(qs, digit_sums.QUIET_STAR, digits, seed=0)
+    scores, _ = digit_sums.measure_gain(qs, digits)
+    assert digit_sums.exact_match(row, "greedy") >= 0.9 and digit_sums.exact_match(row, "sampled") >= 0.85
+    assert row["sampled"]["nll"] <= 0.6 and scores["right"] / scores["lines"] <= 0.15

@@ -1,9 +1,7 @@
 """The demo runs end to end in seconds and writes the files that it promises; its verdict follows from its controls."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +9,10 @@ import torch
 from quietstar import QuietStar
 from quietstar.evaluation.losses import evaluate
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "english.py"
-
 
 @pytest.fixture
-def english():
-    spec = importlib.util.spec_from_file_location("english", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def english(example):
+    return example("english")
 
 
 def test_paragraphs_are_in_one_part_only(english) -> None:
