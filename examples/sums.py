@@ -35,7 +35,8 @@ from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
 from quietstar.evaluation.scoring import one_thought
 from quietstar.objective import Counts
-from quietstar.run.batches import Batch, Example
+from quietstar.run.batches import Example
+from quietstar.texts import Texts
 from quietstar.training import Loss, thought_loss, train
 
 # 1. The text. A token is a character, so tensors of digits are also tensors of tokens: 0 to 9, then these.
@@ -299,9 +300,9 @@ def train_plain(model: LlamaForCausalLM, setting: Setting, strings: Tensor, digi
 def with_rehearsal(strings: Tensor, text: Callable[[Tensor, torch.Generator], Tensor]) -> Loss:
     """The Quiet-STaR objective plus half the plain loss on 64 lines of the pretraining text."""
 
-    def loss(qs: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, Any]:
+    def loss(qs: Any, texts: Texts, counts: Counts, seed: int) -> tuple[Tensor, Any]:
         generator = torch.Generator().manual_seed(seed)
-        value, out = thought_loss(qs, batch, counts, seed)
+        value, out = thought_loss(qs, texts, counts, seed)
         return value + 0.5 * lm_loss(qs.model, text(draw(strings, 64, generator), generator)), out
 
     return loss

@@ -19,7 +19,8 @@ from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import AdapterConfig, TrainConfig
 from quietstar.data.texts import DataConfig, load_data
 from quietstar.objective import Counts
-from quietstar.run.batches import Batch, Example, collate
+from quietstar.run.batches import Example, collate
+from quietstar.texts import Texts
 from quietstar.training import Loss, thought_loss, train
 
 THOUGHTS = ThoughtConfig(preset="small", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
@@ -113,8 +114,8 @@ def with_rehearsal(tokenizer: Any, seed: int) -> Loss:
     """The Quiet-STaR objective plus the plain loss on some lines of the warm start."""
     lines = warm_lines(tokenizer, problems(64 * REHEARSED, seed + 2000, "train"), seed)
 
-    def loss(qs: Any, batch: Batch, counts: Counts, seed: int) -> tuple[Tensor, Any]:
-        value, out = thought_loss(qs, batch, counts, seed)
+    def loss(qs: Any, texts: Texts, counts: Counts, seed: int) -> tuple[Tensor, Any]:
+        value, out = thought_loss(qs, texts, counts, seed)
         return value + lm_loss(qs.model, random.Random(seed).sample(lines, REHEARSED)), out
 
     return loss

@@ -108,7 +108,7 @@ def test_a_run_of_other_settings_or_of_another_model_is_refused(trained, tmp_pat
     with pytest.raises(ValueError, match="a run is there already"):
         progress_in(tmp_path / "run", resume=False)
     with pytest.raises(ValueError, match="the run there has recipe='test', not 'other'"):
-        progress_in(tmp_path / "run", settings=Settings({"recipe": "other"}, {}))
+        progress_in(tmp_path / "run", settings=Settings({"recipe": "other"}))
     with pytest.raises(ValueError, match="damaged or from another model"):
         progress_in(tmp_path / "run").load(tiny(width=16))
 
