@@ -34,18 +34,6 @@ def test_the_config_a_run_writes_makes_the_same_run(home, quietstar, trained):
         assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.long
-def test_a_model_that_thinks_already_goes_on(home, quietstar, trained):
-    code, _, err = quietstar("train", "--config=run/config.json", "--model=run", "--out=more", "--thoughts=3")
-    assert code == 0, err
-    before = QuietStar.from_pretrained("run/checkpoints/step-000004")
-    after = QuietStar.from_pretrained("more/checkpoints/step-000004")
-    assert after.thought_config.thoughts == 3
-    assert 0 < (before.start_embedding - after.start_embedding).abs().max() < 0.01
-    code, _, err = quietstar("train", "--config=run/config.json", "--model=run", "--out=other", "--embedding-scale=100")
-    assert code == errors.DATA and "embedding_scale=1.0, not 100.0" in err[-1]
-
-
 @pytest.mark.parametrize("how", [["--resume"], pytest.param(["--resume=run/checkpoints/step-000002"], marks=pytest.mark.long)])
 def test_resume(home, quietstar, trained, how):
     before = (home / "run" / "metrics.jsonl").read_text().splitlines()

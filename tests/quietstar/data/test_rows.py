@@ -131,7 +131,7 @@ def test_fields_without_a_value_are_passed_over(row, text):
     "row, message",
     [
         ({"text": None}, "in a field 'text' (it is null), no messages and no question: it has 'text'"),
-        ({"text": 12}, "(it is 12)"),
+        ({"messages": []}, "Expected array of length >= 1 - at $.messages"),
         ({"prompt": "a", "completion": [USER]}, "must both be text or both be messages"),
         ({"conversations": [{"from": "nobody", "value": "x"}]}, "has a turn from 'nobody'"),
         ({"conversations": [{"from": "human"}]}, "missing required field content"),

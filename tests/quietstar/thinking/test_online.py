@@ -73,7 +73,7 @@ def plain_loss(qs, base, text, ids, lengths, old, J, discount, clip, temperature
     return loss - ce * logprobs(model, text).mean() if ce else loss
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("preset", ["rlp", "grlp", "rpt"])
 def test_loss_and_every_gradient(preset, seed):
     qs = online(preset, seed)
@@ -160,7 +160,7 @@ def slowly(qs, text, t, n, sequence, seed):
     return sampled
 
 
-@pytest.mark.parametrize("live", [None, 1, 2])
+@pytest.mark.parametrize("live", [None, 2])
 def test_thoughts_that_end_themselves(live, monkeypatch):
     """The same tokens as sampled one by one, whatever else is in the batch and however many are live."""
     monkeypatch.setattr("quietstar.thinking.cohorts.FIRST_ROWS", 4)
@@ -184,12 +184,11 @@ def test_thoughts_that_end_themselves(live, monkeypatch):
         torch.testing.assert_close(out.logprob, thoughts.logprob.where(on, 0), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_anchors_in_chunks(chunk):
-    """The same loss and gradients, with one or two anchors at a time."""
+def test_anchors_in_chunks():
+    """The same loss and gradients, with two anchors at a time."""
     text = torch.randint(256, (2, L), generator=torch.Generator().manual_seed(0))
     found = []
-    for size in (None, chunk):
+    for size in (None, 2):
         qs = online("grlp", thought_tokens=9)
         qs.anchor_chunk = size
         out = qs(text, anchors=torch.tensor([[3, 7, 12], [4, 9, -1]]), seed=1)
