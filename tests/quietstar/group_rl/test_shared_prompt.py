@@ -11,61 +11,37 @@ pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
 
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from quietstar.group_rl.completions import without_padding
 from quietstar.group_rl.shared_prompt import SharedPrompts, _sorted
 from quietstar.hf.modules import unwrapped
 from quietstar_kernels import ThoughtLayout
+from tests.quietstar.group_rl.trainers import (
+    PAIRS,
+    SharedGRPO,
+    SharedRLOO,
+    V,
+    config_of,
+    number_tokenizer,
+    sum_of_ids,
+    weights_of,
+)
 
-V, PAD = 61, 0
+PAD = 0
 HOOK = "_get_per_token_logps_and_entropies"
 BOUND = 1e-5
-
-
-class SharedGRPO(SharedPrompts, GRPOTrainer):
-    pass
-
-
-class SharedRLOO(SharedPrompts, RLOOTrainer):
-    pass
-
-
-PAIRS = {GRPOTrainer: SharedGRPO, RLOOTrainer: SharedRLOO}
-
-
-def reward(completion_ids, **_):
-    return [sum(x % 7 for x in ids) / len(ids) for ids in completion_ids]
 
 
 @pytest.fixture
 def trainer(tmp_path):
     """``trainer(cls, model, **arguments)``; ``peft_config`` goes to the trainer, the others to its config."""
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<end>": 2, **{str(i): i for i in range(3, V)}}, "<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", bos_token="<bos>")
     data = Dataset.from_list([{"prompt": " ".join(str(3 + 5 * i + j) for j in range(1 + 3 * (i % 3)))} for i in range(8)])
 
-    def make(cls, model, peft_config=None, processing_class=tokenizer, **arguments):
-        usual = {
-            "per_device_train_batch_size": 4,
-            "num_generations": 4,
-            "max_completion_length": 5,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "max_grad_norm": 0.0,
-            "max_steps": 2,
-            "report_to": "none",
-            "save_strategy": "no",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-        }
-        config = RLOOConfig if issubclass(cls, RLOOTrainer) else GRPOConfig
-        arguments = config(str(tmp_path / "run"), **{**usual, **arguments})
-        made = cls(model, reward, arguments, data, processing_class=processing_class, peft_config=peft_config)
+    def make(cls, model, peft_config=None, **arguments):
+        arguments = config_of(cls, tmp_path, **{"per_device_train_batch_size": 4, "max_completion_length": 5} | arguments)
+        made = cls(model, sum_of_ids, arguments, data, processing_class=number_tokenizer(), peft_config=peft_config)
         made.current_gradient_accumulation_steps = 1  # as ``train`` does, and what follows
         if made.args.activation_checkpointing:  # TRL's default
             made.model.gradient_checkpointing_enable()
@@ -319,10 +295,10 @@ class Weights(TrainerCallback):
     """The weights before training and after each optimizer step."""
 
     def on_train_begin(self, args, state, control, model, **_):
-        self.all = [torch.cat([weight.detach().flatten() for weight in model.parameters()])]
+        self.all = [weights_of(model)]
 
     def on_step_end(self, args, state, control, model, **_):
-        self.all.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+        self.all.append(weights_of(model))
 
 
 def random_options(seed):
