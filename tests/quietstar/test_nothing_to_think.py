@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quietstar import QuietStar, ThoughtConfig, evaluate
+from quietstar import QuietStar, ThoughtConfig
 from quietstar.cli.main import main
 from quietstar.testing import byte_tokenizer, tiny_model
 from tests.quietstar.common import gradients
@@ -57,16 +57,6 @@ def test_a_text_counts_as_it_does_alone(preset):
     torch.testing.assert_close(found[0][0], found[1][0])
     for name, value in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], value, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("preset", ["official", "rlp"])
-def test_evaluate(preset):
-    qs, ids = thinker(preset), texts(3)
-    examples = [{"input_ids": x, "anchors": torch.tensor(a)} for x, a in zip(ids, ([3, 5], [-1, -1], [4, 9]), strict=True)]
-    found = evaluate(qs, examples, batch_size=1)
-    assert found["texts"] == 2 and found["tokens"] == 4
-    with pytest.raises(ValueError, match="at least 2 texts with something to predict, got 0"):
-        evaluate(qs, [{**example, "anchors": torch.tensor([-1])} for example in examples])
 
 
 @pytest.mark.parametrize("preset", ["rpt", pytest.param("rlp", marks=pytest.mark.long)])

@@ -11,58 +11,35 @@ from quietstar.hf import decoder
 from quietstar.hf.architectures import REFUSED, check_architecture
 from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
 from quietstar_kernels import ThoughtLayout
+from tests.quietstar.common import sequential_logits
 from tests.quietstar.conftest import ARCHITECTURES
 
 TEXT, THOUGHTS, ROWS = 16, 2, 5
 BOUND = 1e-4  # the largest difference of fp32 logits that this project accepts
 
 
-def packed_logits(qs, ids, thought_ids, layout):
-    embeds = qs.model.get_input_embeddings()(torch.cat([ids, thought_ids.flatten(1)], 1))
-    hidden = decode_rows(qs.model, embeds, layout.position_ids(), PackedPass(layout))
-    logits = qs.lm_head.logits(hidden)
-    return logits[:, :TEXT], logits[:, TEXT:].unflatten(1, thought_ids.shape[1:])
+def packed_logits(qs, packed, layout):
+    hidden = decode_rows(qs.model, qs.model.get_input_embeddings()(packed), layout.position_ids(), PackedPass(layout))
+    return qs.lm_head.logits(hidden)
 
 
-def stepwise_logits(qs, ids, thought_ids, layout):
+def stepwise_logits(qs, packed, layout):
+    """Of the thoughts."""
     embed, store = qs.model.get_input_embeddings(), ThoughtStore(layout)
-    decode_rows(qs.model, embed(ids), layout.text_position_ids(), store.prefill())
+    decode_rows(qs.model, embed(packed[:, :TEXT]), layout.text_position_ids(), store.prefill())
     positions = layout.position_ids()[:, TEXT:].unflatten(1, (-1, ROWS))
-    rows = thought_ids.flatten(1, 2)
+    rows = packed[:, TEXT:].unflatten(1, (-1, ROWS))
     steps = [
         decode_rows(qs.model, embed(rows[:, :, s]), positions[:, :, s], store.decode(s)).unflatten(1, (layout.P, layout.N))
         for s in range(ROWS)
     ]
-    return qs.lm_head.logits(torch.stack(steps, 3))
-
-
-def sequential_logits(model, ids, thought_ids, anchors):
-    """An ordinary forward of the unwrapped model for each text, anchor and thought."""
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    torch.stack(
-                        [
-                            model(input_ids=torch.cat([text[: anchor + 1], thought])[None]).logits[0, anchor + 1 :]
-                            for thought in thought_ids[b, p]
-                        ]
-                    )
-                    for p, anchor in enumerate(anchors)
-                ]
-            )
-            for b, text in enumerate(ids)
-        ]
-    )
+    return qs.lm_head.logits(torch.stack(steps, 3).flatten(1, 3))
 
 
 def case(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    anchors = [0, 3, 8, 9, 15]
-    ids = torch.randint(3, 61, (2, TEXT), generator=generator)
-    thought_ids = torch.randint(3, 61, (2, len(anchors), THOUGHTS, ROWS), generator=generator)
-    layout = ThoughtLayout.at(torch.tensor([anchors] * 2), THOUGHTS, ROWS, text_length=TEXT)
-    return ids, thought_ids, anchors, layout
+    layout = ThoughtLayout.at(torch.tensor([[0, 3, 8, 9, 15]] * 2), THOUGHTS, ROWS, text_length=TEXT)
+    return torch.randint(3, 61, (2, layout.M), generator=generator), layout
 
 
 def plain(tiny, name):
@@ -74,26 +51,23 @@ def plain(tiny, name):
 
 @torch.no_grad()
 def test_packed_and_stepwise_rows_equal_sequential_decoding(tiny, architecture):
-    ids, thought_ids, anchors, layout = case()
+    packed, layout = case()
     qs = quietstar.QuietStar(tiny(architecture))
-    unwrapped = plain(tiny, architecture)
-    truth = sequential_logits(unwrapped, ids, thought_ids, anchors)
-    text, thoughts = packed_logits(qs, ids, thought_ids, layout)
+    truth = sequential_logits(plain(tiny, architecture), layout, packed)
     assert truth.std() > 0.05
-    assert (text - unwrapped(input_ids=ids).logits).abs().max() <= BOUND
-    assert (thoughts - truth).abs().max() <= BOUND
-    assert (stepwise_logits(qs, ids, thought_ids, layout) - truth).abs().max() <= BOUND
-    assert (qs.model(input_ids=ids).logits - unwrapped(input_ids=ids).logits).abs().max() <= BOUND
+    assert (packed_logits(qs, packed, layout) - truth).abs().max() <= BOUND
+    assert (stepwise_logits(qs, packed, layout) - truth[:, TEXT:]).abs().max() <= BOUND
+    assert (qs.model(input_ids=packed[:, :TEXT]).logits - truth[:, :TEXT]).abs().max() <= BOUND
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_gradients_equal_sequential_decoding(tiny, name):
-    ids, thought_ids, anchors, layout = case(1)
-    mixing = torch.randn(2, len(anchors), THOUGHTS, ROWS, 61, generator=torch.Generator().manual_seed(2))
+    packed, layout = case(1)
+    mixing = torch.randn(2, layout.M, 61, generator=torch.Generator().manual_seed(2))
     qs = quietstar.QuietStar(tiny(name))
-    (packed_logits(qs, ids, thought_ids, layout)[1] * mixing).sum().backward()
+    (packed_logits(qs, packed, layout) * mixing).sum().backward()
     unwrapped = plain(tiny, name)
-    (sequential_logits(unwrapped, ids, thought_ids, anchors) * mixing).sum().backward()
+    (sequential_logits(unwrapped, layout, packed) * mixing).sum().backward()
     for (parameter, got), truth in zip(qs.model.named_parameters(), unwrapped.parameters(), strict=True):
         assert (got.grad - truth.grad).norm() <= 1e-4 * truth.grad.norm(), parameter
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Nemotr
 
 import quietstar
 from quietstar_kernels import ThoughtLayout
+from tests.quietstar.common import sequential_logits
 from tests.quietstar.hf import all_architectures as everything
 
 ROOT = Path(__file__).parents[3]
@@ -54,17 +55,6 @@ def packed_inputs(batch=2, text=10, thoughts=2, rows=3, anchors=(0, 4, 9)):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, V, (batch, layout.M), generator=generator)
     return layout, {"input_ids": ids, "position_ids": layout.position_ids(), "use_cache": False}
-
-
-def sequential_logits(model, layout, ids):
-    """[B,M,V] from ordinary forwards: the text alone, and each thought after its text prefix."""
-    text, thoughts = ids[:, : layout.L], ids[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
-    logits = [model(text, use_cache=False).logits]
-    for p, anchor in enumerate(layout.anchor[0].tolist()):
-        for n in range(layout.N):
-            prefix = torch.cat([text[:, : anchor + 1], thoughts[:, p, n]], 1)
-            logits.append(model(prefix, use_cache=False).logits[:, anchor + 1 :])
-    return torch.cat(logits, 1)
 
 
 @pytest.mark.long
