@@ -21,16 +21,9 @@ def read(path):
 
 
 def wrap(meta, tensors, policy_weight):
-    config = quietstar.ThoughtConfig(
-        thoughts=meta["N"],
-        thought_tokens=meta["T"],
-        lookahead=meta["K"],
-        preset="official",
-        start_token_id=meta["start_token_id"],
-        end_token_id=meta["end_token_id"],
-        policy_weight=policy_weight,
-        policy_temperature=meta["reinforce_temperature"],
-    )
+    fields = {"thoughts": meta["N"], "thought_tokens": meta["T"], "lookahead": meta["K"], "policy_weight": policy_weight}
+    fields |= {name: meta[name] for name in ("start_token_id", "end_token_id")}
+    config = quietstar.ThoughtConfig(preset="official", policy_temperature=meta["reinforce_temperature"], **fields)
     qs = quietstar.QuietStar(MistralForCausalLM(MistralConfig(**meta["config"])), config)
     state = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
     state |= {name: tensors[f"raw.{name}"] for name in ("start_embedding", "end_embedding")}

@@ -24,6 +24,7 @@ from quietstar.trainer import ThoughtTrainer, newest_checkpoint, pad_texts
 V = 41
 END = V - 1  # in no text
 SIZES = {"vocab_size": V, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
 THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight": 1.0}
 
 
@@ -43,19 +44,9 @@ def rows(texts, seed=0):
 
 
 def make_trainer(folder, qs, kind=ThoughtTrainer, **options):
-    usual = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return kind(
-        qs, TrainingArguments(str(folder), **{**usual, **options}), train_dataset=rows(12), eval_dataset=rows(5, seed=1)
-    )
+    usual = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
+    arguments = TrainingArguments(str(folder), **usual | QUIET | options)
+    return kind(qs, arguments, train_dataset=rows(12), eval_dataset=rows(5, seed=1))
 
 
 def logged(trainer, *names):
@@ -314,7 +305,7 @@ def test_sft(tmp_path, sums, fresh_accelerate):  # in bf16, which is SFTConfig's
         pass
 
     tokenizer, data = sums
-    usual = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    usual = {"max_steps": 2, "per_device_train_batch_size": 2} | QUIET
     arguments = SFTConfig(str(tmp_path), **usual, logging_steps=1, save_steps=1, activation_checkpointing=True)
     options = {"train_dataset": data, "eval_dataset": data, "processing_class": tokenizer}
     qs = make_qs()

@@ -18,19 +18,9 @@ from tests.quietstar.hf import all_architectures as everything
 
 ROOT = Path(__file__).parents[3]
 V = 96
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = LlamaConfig(**SIZES)
 GEMMA2 = Gemma2Config(
     **SIZES, head_dim=8, sliding_window=6, attn_logit_softcapping=5.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8

@@ -26,15 +26,8 @@ EXAMPLES = Path(__file__).parents[3] / "examples/cluster"
 THOUGHTS = {"thoughts": 2, "thought_tokens": 2, "lookahead": 2, "policy_weight": 5.0, "embedding_scale": 1.0}
 # 5 texts a step of 7 to 9 tokens: one process has 2 of them, the other 3, and all are padded; the third step ends an epoch.
 LENGTHS = [7 + i % 3 for i in range(11)]
-FAMILY = {
-    "anchors": "random",
-    "anchor_share": 0.5,
-    "base_model": "ema",
-    "ratio_clip": 0.2,
-    "kl_weight": 0.01,
-    "policy_temperature": 1.0,
-    "advantage": "leave_one_out",
-}
+FAMILY = {"anchors": "random", "anchor_share": 0.5, "base_model": "ema", "ratio_clip": 0.2}
+FAMILY |= {"kl_weight": 0.01, "policy_temperature": 1.0, "advantage": "leave_one_out"}
 # What is trained, by name; those of one process and of several differ in ``sharding`` alone.
 RUNS = {
     "plain": {},
