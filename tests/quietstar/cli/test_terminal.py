@@ -50,9 +50,10 @@ def terminal(monkeypatch, columns):
     result.append(b"".join(written).decode())
 
 
-@pytest.mark.parametrize(
-    "columns, figures", [pytest.param(80, "loss_ce reward weight th/s", marks=pytest.mark.long), (40, "loss_ce")]
-)
+WIDTHS = [(80, "loss_ce reward weight th/s"), pytest.param(40, "loss_ce", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("columns, figures", WIDTHS)
 def test_the_bar_fits_the_terminal(train, monkeypatch, columns, figures):
     with terminal(monkeypatch, columns) as screen:
         train("--out=run", "--data=text.txt", "--no-pack")

@@ -99,8 +99,6 @@ def test_tokens_added_to_the_base_of_adapters_are_not_lost(tiny, tmp_path):
 
 TARGETS = {
     "all layers": {"target_modules": "all-linear"},
-    "embeddings": {"target_modules": ["embed_tokens"]},
-    "both": {"target_modules": ["q_proj", "embed_tokens"]},
     "both, magnitudes": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "both, scaled": {"target_modules": ["q_proj", "embed_tokens"], "use_rslora": True},
     "whole embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},

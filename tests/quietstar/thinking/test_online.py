@@ -160,13 +160,13 @@ def slowly(qs, text, t, n, sequence, seed):
     return sampled
 
 
-@pytest.mark.parametrize("live", [None, 2])
-def test_thoughts_that_end_themselves(live, monkeypatch):
+@pytest.mark.parametrize("live, end, likely", [(None, "e", 10.0), (2, "ee", 14.0)])
+def test_thoughts_that_end_themselves(live, end, likely, monkeypatch):
     """The same tokens as sampled one by one, whatever else is in the batch and however many are live."""
     monkeypatch.setattr("quietstar.thinking.cohorts.FIRST_ROWS", 4)
-    qs = online("rlp", 3, torch.float32, thought_tokens=24, thought_end="e", temperature=3.0)
+    qs = online("rlp", 3, torch.float32, thought_tokens=24, thought_end=end, temperature=3.0)
     qs.anchor_chunk = live
-    bias = torch.nn.Parameter(torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), 10.0))
+    bias = torch.nn.Parameter(torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), likely))
     qs.model.lm_head.bias = bias  # thoughts end after a dozen tokens or so
     text = torch.randint(256, (2, L), generator=torch.Generator().manual_seed(0))
     anchors = torch.tensor([[3, 7, 12, 15], [5, 9, -1, -1]])
