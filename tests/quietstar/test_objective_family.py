@@ -305,5 +305,7 @@ def test_a_second_update_of_a_run_sees_the_thoughts_of_the_first(thinker, tmp_pa
     (texts, first), (again, second) = seen
     assert texts.thought_ids is None and torch.equal(again.thought_ids, first.thought_ids)
     assert torch.equal(again.old_logprob, first.logprob) and not torch.equal(second.logprob, first.logprob)
-    tokens = qs.count_targets(texts).tokens
-    assert line["divergence"] == pytest.approx(((first.logprob - first.base_logprob).sum() / tokens).item())
+    counts = qs.count_targets(texts)
+    assert line["divergence"] == pytest.approx(((first.logprob - first.base_logprob).sum() / counts.tokens).item())
+    assert line["reward"] == pytest.approx((first.reward.sum() / counts.places).item())
+    assert line["weight"] == pytest.approx(first.weight[..., 0][first.nll_mix[..., 0] != 0].mean().item())
