@@ -114,12 +114,10 @@ def assert_close(got, wanted):
     torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"anchors": "gate", "gate_cost": 0.01}, {"stop_threshold": 0.03, "end_token_id": END}],
-    ids=["gate", "stopping"],
-)
-@pytest.mark.long
+GATE, STOPPING = {"anchors": "gate", "gate_cost": 0.01}, {"stop_threshold": 0.03, "end_token_id": END}
+
+
+@pytest.mark.parametrize("fields", [pytest.param(GATE, marks=pytest.mark.long), STOPPING])
 def test_accumulation_changes_rounding_alone(tmp_path, fields):
     """Texts of different lengths: each mean is over the whole step, and each text thinks the same in any part of it."""
     two_steps = THREE_STEPS | {"max_steps": 2}
@@ -237,7 +235,7 @@ def test_what_is_refused(tmp_path):
 def test_empty_and_short_texts(tmp_path):
     """They change no figure of the others, and a step of them alone is said."""
     found = []
-    for more in ([], [{"input_ids": []}], [{"input_ids": []}, {"input_ids": [3]}, {"input_ids": []}]):
+    for more in ([], [{"input_ids": []}, {"input_ids": [3]}, {"input_ids": []}]):
         trainer = make_trainer(tmp_path, make_qs(), max_steps=1, per_device_train_batch_size=8)
         trainer.train_dataset = trainer.eval_dataset = [*rows(4), *more]
         trainer.train()
@@ -245,7 +243,7 @@ def test_empty_and_short_texts(tmp_path):
         figures = make_trainer(tmp_path, make_qs())
         figures.eval_dataset = trainer.eval_dataset
         found.append([figures.evaluate()[f"eval_{name}"] for name in ("loss", "base")])
-    torch.testing.assert_close(found[1:], found[:1] * 2)
+    torch.testing.assert_close(found[1:], found[:1])
     for nothing in ({"input_ids": []}, {"input_ids": [3, 4, 5, 6, 7], "labels": [-100] * 5}):
         trainer = make_trainer(tmp_path, make_qs(), max_steps=1)
         trainer.train_dataset = [nothing] * 4

@@ -78,7 +78,7 @@ def test_train_refuses_what_does_not_fit(home, train, free):
     assert code == errors.RUNTIME and not (home / "run").exists()
     reason, options_that_fit = err[-1].split("; ")[0].split(" with ")
     assert "a step needs about" in reason and err[-1].endswith("; --no-check-memory tries it all the same")
-    for options in (options_that_fit.split(), ["--no-check-memory"]):
+    for options in (options_that_fit.split(), ["--no-check-memory", "--out=all-the-same"]):
         code, _, err = train(*UNFIT, *options)
         assert code == 0, err
 
