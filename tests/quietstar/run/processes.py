@@ -66,7 +66,7 @@ def run_job(job):
         value, out = thought_loss(model, batch, counts, seed)
         if seed not in steps:
             steps.append(seed)
-        for text, ids in zip(batch["sequence_ids"].tolist(), out.thought_ids.tolist(), strict=True):
+        for text, ids in zip(batch.sequence_ids[:, 0].tolist(), out.thought_ids.tolist(), strict=True):
             thoughts[f"{len(steps)} {text}"] = ids
         seen.update(reward=out.reward, nll_mix=out.nll_mix, logprob=out.logprob, loss=out.loss)
         return value, out
