@@ -34,11 +34,12 @@ RUNS = {
     "tied weights": {"model": "gpt2"},
     "parts": {"batch_size": 7, "accumulation": 2, "evaluate": 1, "eval_every": 1, "save_every": 1},
     "family": {"thoughts": FAMILY, "updates": 2, "anchor_chunk": 3, "checkpointing": True},
-    "adapters": {"rank": 4, "thoughts": {"anchors": "gate", "base_model": "frozen"}, "checkpointing": True},
+    "gate": {"thoughts": {"anchors": "gate", "base_model": "frozen"}, "accumulation": 2, "batch_size": 6},
+    "adapters": {"rank": 4, "thoughts": {"base_model": "frozen"}, "checkpointing": True},
     "stopping": {"thoughts": {"end_token_id": 2, "stop_threshold": 1 / 61}},
 }
 CUTS = [("plain", "no"), ("plain", "full_shard"), ("plain", "shard_grad_op"), ("parts", "no")]
-CUTS += [(name, "full_shard") for name in ("tied weights", "parts", "family", "adapters", "stopping")]
+CUTS += [(name, "full_shard") for name in ("tied weights", "parts", "family", "gate", "adapters", "stopping")]
 TRAFFIC = [("no", None), ("full_shard", None), ("full_shard", 3), ("shard_grad_op", None), ("shard_grad_op", 3)]
 TRAFFIC = [("no", None), ("full_shard", None), ("full_shard", 3), ("shard_grad_op", None), ("shard_grad_op", 3)]
 
