@@ -53,37 +53,9 @@ def test_attention_of_a_text_does_not_depend_on_the_batch(backend, options):
     assert all(torch.equal(x[1:2], y) for x, y in zip(whole, alone, strict=False))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "options"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_of_a_text_does_not_depend_on_what_is_packed_with_it(dtype, options):
-    """On the compiled CPU back end: padding, a document before and after it, and which other positions think."""
-    L = 40
-    layout, inputs = attended(1, L, dtype)
-    want = outputs(layout=layout, backend="cpu", **inputs, **options)[:2]
-    total, places = 2 * BEFORE + L, torch.arange(BEFORE, BEFORE + L)
-    inside = torch.zeros(1, total, dtype=torch.bool).index_fill(1, places, True)
-    documents = torch.tensor([[0] * BEFORE + [1] * L + [2] * BEFORE])
-    rows = torch.cat([places, total + (places[:, None] * N * S + torch.arange(N * S)).flatten()])
-
-    def among_others(x, seed):
-        others = torch.randn(*x.shape[:2], total * (1 + N * S), x.shape[3], generator=seeded(seed)).to(dtype)
-        return others.index_copy(2, rows, x)
-
-    for packed in (ThoughtLayout.from_padding(inside, N, S), ThoughtLayout.from_documents(documents, N, S)):
-        given = {name: None if x is None else among_others(x, i) for i, (name, x) in enumerate(inputs.items())}
-        got = outputs(layout=packed, backend="cpu", **given, **options)
-        assert all(torch.equal(x.index_select(2, rows), y) for x, y in zip(got, want, strict=False))
-
-    anchors = torch.arange(0, L, 3)[None]
-    rows = torch.cat([torch.arange(L), L + (anchors[0, :, None] * N * S + torch.arange(N * S)).flatten()])
-    fewer = {name: None if x is None else x.index_select(2, rows) for name, x in inputs.items()}
-    got = outputs(layout=ThoughtLayout.at(anchors, N, S, text_length=L), backend="cpu", **fewer, **options)
-    assert all(torch.equal(x, y.index_select(2, rows)) for x, y in zip(got, want, strict=False))
-
-
 @pytest.mark.skipif(bool(_library.missing()), reason="PyTorch's products instead of compiled code")
-@pytest.mark.parametrize("seed", range(16))
-def test_attention_and_decoding_of_a_text_alone_in_a_batch_and_in_documents(seed):
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_and_decoding_of_a_text_alone_in_a_batch_beside_padding_and_in_documents(seed):
     """Sizes on both sides of those where tiles, blocks of keys and parts change: H/G, rows of a branch, texts, windows."""
     draw = seeded(seed)
     L, S, before = pick(draw, [20, 130, 300, 400]), pick(draw, [3, 14, 150]), pick(draw, [7, 100, 250])
@@ -95,7 +67,9 @@ def test_attention_and_decoding_of_a_text_alone_in_a_batch_and_in_documents(seed
     layout = ThoughtLayout.at(anchors, N, S, text_length=L)
     own = (torch.arange(P)[:, None] * N * S + torch.arange(N * S)).flatten()
     documents = torch.tensor([[0] * before + [1] * L + [2] * 30])
+    inside = torch.cat([before + torch.arange(L), before + L + 30 + own])
     texts = {
+        "padding": (ThoughtLayout.from_padding(documents == 1, N, S, anchors[1:2] + before), inside),
         "alone": (ThoughtLayout.at(anchors[1:2], N, S, text_length=L), torch.arange(layout.M)),
         "fewer": (ThoughtLayout.at(anchors[1:2, :1], N, S, text_length=L), torch.arange(L + N * S)),
         "documents": (

@@ -44,6 +44,17 @@ def assert_same_gradients(got, want, bound=1e-5):
         assert (got[name] - want[name]).norm() <= bound * want[name].norm(), name
 
 
+def sequential_logits(model, layout, ids):
+    """[B,M,V] from ordinary forwards: the text alone, and each thought after its text prefix; anchors are the first text's."""
+    text, thoughts = ids[:, : layout.L], ids[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
+    logits = [model(input_ids=text, use_cache=False).logits]
+    for p, anchor in enumerate(layout.anchor[0].tolist()):
+        for n in range(layout.N):
+            prefix = torch.cat([text[:, : anchor + 1], thoughts[:, p, n]], 1)
+            logits.append(model(input_ids=prefix, use_cache=False).logits[:, anchor + 1 :])
+    return torch.cat(logits, 1)
+
+
 def kept_for_backward(qs, *inputs, **options):
     """Bytes that a forward keeps for its backward, without the weights."""
     weights = {x.untyped_storage().data_ptr() for x in [*qs.parameters(), *qs.buffers()]}

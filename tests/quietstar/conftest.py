@@ -10,19 +10,10 @@ from quietstar import QuietStar, ThoughtConfig
 
 logging.disable_progress_bar()  # of transformers, whose saves show one; what ours print is tested
 
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # A window of 7 is crossed by the texts of these tests, inside the text and inside thoughts.
 ARCHITECTURES = {
     "llama": {},
@@ -35,13 +26,8 @@ ARCHITECTURES = {
     "gpt_neox": {},
     "olmo2": {},
     "phi3": {"sliding_window": 7},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "mixtral": EXPERTS,
+    "gpt_oss": EXPERTS | {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "phi": {},

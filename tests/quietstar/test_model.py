@@ -91,6 +91,13 @@ BAD_CALLS = {
     "mask with holes": (dict(attention_mask=torch.tensor([[1, 0] * 6] * 2)), "padding inside the text"),
     "label shape": (dict(labels=text()[:1]), r"labels must have shape \[B,L\]=\[2,12\], got \[1,12\]"),
     "thought shape": (dict(thought_ids=text()), r"thought_ids must have shape \[B,P,N,T\]=\[2,12,2,4\], got \[2,12\]"),
+    "lengths' shape": (
+        dict(thought_lengths=torch.ones(2, 12, 3).long()),
+        r"must have shape \[B,P,N\]=\[2,12,2\], got",
+    ),
+    "float lengths": (dict(thought_lengths=torch.ones(2, 12, 2)), "thought_lengths must have dtype int32, int64, got float32"),
+    "negative length": (dict(thought_lengths=-torch.ones(2, 12, 2).long()), "thought_lengths must be from 0 to T=4, got -1"),
+    "long thought": (dict(thought_lengths=5 * torch.ones(2, 12, 2).long()), "thought_lengths must be from 0 to T=4, got 5"),
     "anchor outside": (dict(anchors=torch.tensor([[3, 12]] * 2)), "anchors must be from -1 to L-1=11"),
     "anchors descend": (dict(anchors=torch.tensor([[3, 2]] * 2)), "anchors must ascend"),
     "split document": (dict(document_ids=torch.tensor([[0, 1, 0] + [2] * 9] * 2)), "one in two pieces"),
@@ -114,11 +121,6 @@ def test_a_text_on_another_device_is_refused(qs):
             call(ids)
 
 
-def test_a_special_id_outside_the_vocabulary_is_refused(tiny):
-    with pytest.raises(ValueError, match="start_token_id must be from 0 to V-1=60, got 61"):
-        quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(start_token_id=61))
-
-
 def test_a_text_holding_the_start_or_end_id_is_refused(tiny):
     config = quietstar.ThoughtConfig(thought_tokens=T, lookahead=J, start_token_id=7, end_token_id=8)
     qs = quietstar.QuietStar(tiny("llama"), config)
@@ -131,6 +133,8 @@ def test_a_text_holding_the_start_or_end_id_is_refused(tiny):
     assert torch.isfinite(qs(ids, mask, seed=0).loss)
     with pytest.raises(ValueError, match="thought_ids must not hold"):
         qs(ids[:1], thought_ids=torch.full((1, 12, 2, T), 7))
+    with pytest.raises(ValueError, match="start_token_id must be from 0 to V-1=60, got 61"):
+        quietstar.QuietStar(tiny("llama"), quietstar.ThoughtConfig(start_token_id=61))
 
 
 def test_a_batch_that_was_checked_once_stands_for_its_tensors(qs):

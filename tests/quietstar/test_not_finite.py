@@ -30,8 +30,7 @@ def qs(tiny):
     return quietstar.QuietStar(model_without(tiny, 40), CONFIG, verify=False)
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("greedy, value", [(True, torch.nan), (False, torch.inf)])
 def test_think(tiny, greedy, value):
     qs = quietstar.QuietStar(model_without(tiny, 40, value), CONFIG, verify=False)
     with pytest.raises(ValueError, match=MESSAGE):

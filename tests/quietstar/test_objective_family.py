@@ -258,6 +258,8 @@ def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
 def test_a_thought_that_ends_early_pays_for_its_own_tokens(thinker):
     qs, ids = thinker(kl_weight=0.1), text(2, 10)
     whole = qs(ids, seed=0)
+    for logprob in (whole.logprob, whole.base_logprob):  # as all policy terms, of rewarded anchors alone
+        assert logprob[:, :7].all() and not logprob[:, 7:].any()
     lengths = torch.tensor([0, 1, 2, 3, 1]).repeat(8)[:40].view(2, 10, 2)
     short = qs(ids, thought_ids=whole.thought_ids, thought_lengths=lengths)
     on = torch.arange(3) < lengths[..., None]
@@ -303,5 +305,7 @@ def test_a_second_update_of_a_run_sees_the_thoughts_of_the_first(thinker, tmp_pa
     (texts, first), (again, second) = seen
     assert texts.thought_ids is None and torch.equal(again.thought_ids, first.thought_ids)
     assert torch.equal(again.old_logprob, first.logprob) and not torch.equal(second.logprob, first.logprob)
-    tokens = qs.count_targets(texts).tokens
-    assert line["divergence"] == pytest.approx(((first.logprob - first.base_logprob).sum() / tokens).item())
+    counts = qs.count_targets(texts)
+    assert line["divergence"] == pytest.approx(((first.logprob - first.base_logprob).sum() / counts.tokens).item())
+    assert line["reward"] == pytest.approx((first.reward.sum() / counts.places).item())
+    assert line["weight"] == pytest.approx(first.weight[..., 0][first.nll_mix[..., 0] != 0].mean().item())

@@ -247,6 +247,6 @@ def test_packed_documents_share_no_random_numbers():
     (batch,) = collate([row, short, row], [8, 2, 3], 1)
     ids = batch["sequence_ids"]
     assert ids.shape == (3, 10)
-    of_documents = [set(ids[0, :5].tolist()), set(ids[0, 5:].tolist()), set(ids[1, :5].tolist()), set(ids[2, :5].tolist())]
-    assert all(len(numbers) == 1 for numbers in of_documents) and len(set.union(*of_documents)) == 4
+    of_documents = [set(part.tolist()) for part in (ids[0, :5], ids[0, 5:], ids[1, :5], ids[2, :5], ids[2, 5:])]
+    assert all(len(numbers) == 1 for numbers in of_documents) and len(set.union(*of_documents)) == 5
     assert torch.equal(torch.cat([part["sequence_ids"] for part in collate([row, short, row], [8, 2, 3], 3)]), ids)

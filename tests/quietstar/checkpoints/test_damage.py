@@ -283,7 +283,7 @@ NAMES = ("whole", "sharded", "snapshot", "plain", "adapters")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("part", [8, pytest.param(40, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_checkpoint_loads_the_same_or_is_refused(name, part, checkpoints, tmp_path, record_property):
     if name not in checkpoints:

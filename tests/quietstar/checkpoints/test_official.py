@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +16,7 @@ from quietstar.checkpoints import native as checkpoint
 from quietstar.checkpoints import official
 from quietstar.cli import main as cli
 from quietstar.cli.common import load_model
+from tests.quietstar.test_golden import read
 
 RECORD = Path(__file__).parents[2] / "golden" / "a7k3n2.safetensors"
 EMBEDDINGS = ("start_embedding", "end_embedding")
@@ -24,9 +24,7 @@ EMBEDDINGS = ("start_embedding", "end_embedding")
 
 @pytest.fixture(scope="module")
 def record():
-    with safe_open(RECORD, "pt") as file:
-        meta = {key: json.loads(value) for key, value in file.metadata().items()}
-        return meta, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return read(RECORD)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -110,12 +109,3 @@ def test_a_run_and_its_merged_adapters(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["merge", "--model=lora", "--out=plain-lora"]) == 2
     assert "--out must be a new folder, and plain-lora exists" in capsys.readouterr().err
-
-
-def test_adapters_alone(tmp_path):
-    qs = thinker()
-    qs.model.save_pretrained(tmp_path / "base")
-    qs = QuietStar(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), qs.thought_config, qs.tokenizer, verify=False)
-    qs.add_adapters(LoraConfig(r=2, target_modules=["q_proj"]))
-    qs.save_pretrained(tmp_path / "adapters")
-    assert not (tmp_path / "adapters" / "model.safetensors.index.json").exists()

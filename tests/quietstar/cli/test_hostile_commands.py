@@ -120,7 +120,7 @@ def test_a_damaged_file_ends_in_a_sentence(name, template, tmp_path, monkeypatch
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", range(2, 4))
 def test_every_wrong_command_ends_in_a_sentence(seed, with_runs, tmp_path, monkeypatch, capfd, record_property):
     monkeypatch.chdir(with_runs)
     lines = wrong_commands.wrong_lines(seed, 4 * len(COMMANDS), list(COMMANDS))
@@ -179,11 +179,7 @@ def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, rec
         (["generate", "--model=thinker", "--prompt=x", "--temperature=1", "--seed=-1"], 2, "from 0 to 4,294,967,295, got -1"),
         (["generate", "--model=thinker", "--prompt=caf\udce9"], 2, "is not UTF-8, or the locale is not"),
         (["think", "x\0", "--model=thinker"], 2, "has a zero byte"),
-        (
-            ["explain", "x", "--model=thinker", "--out=a.html", "loop"],
-            2,
-            "--out must be a file in an existing folder, got loop",
-        ),
+        (["explain", "x", "--model=thinker", "--out=loop"], 2, "--out must be a file in an existing folder, got loop"),
         (["export", "--model=thinker", "--data=text.txt", "--out=pipe.jsonl"], 2, "--out must be a file in an existing folder"),
         (["export", "--model=thinker", "--data=text.txt", "--out=" + 300 * "x"], 2, "File name too long"),
         (["train", "--model=model", "--out=text.txt"], 2, "--out must be a folder that can be written to, got text.txt"),

@@ -5,6 +5,7 @@ import json
 import types
 
 import pytest
+import torch
 
 from quietstar import QuietStar
 from quietstar.checkpoints import native
@@ -110,7 +111,7 @@ def test_training_goes_on_with_the_settings_of_the_checkpoint(home, run, quietst
     code, out, err = quietstar("train", "--model=run", "--out=more", "--steps=2", "--batch-size=4")
     assert code == 0, err
     before, after = QuietStar.from_pretrained("run"), QuietStar.from_pretrained("more")
-    assert after.thought_config == before.thought_config
+    assert after.thought_config == before.thought_config and not torch.equal(after.start_embedding, before.start_embedding)
     assert [run.base for run in after.trained_on] == ["model", "run"]
     assert after.trained_on[1].data == after.trained_on[0].data
     code, out, err = quietstar("train", "--model=run", "--out=other", "--steps=1", "--policy-weight=5", "--batch-size=4")
@@ -118,6 +119,8 @@ def test_training_goes_on_with_the_settings_of_the_checkpoint(home, run, quietst
     assert "not as in run: policy-weight 5.0 instead of 3.0" in out.splitlines() + err
     code, _, err = quietstar("train", "--model=run", "--out=third", "--steps=1", "--held-out-seed=3")
     assert code == errors.DATA and "among those that the model was trained on" in err[-1] and "--held-out=0" in err[-1]
+    code, _, err = quietstar("train", "--model=run", "--out=fourth", "--steps=1", "--embedding-scale=100")
+    assert code == errors.DATA and "embedding_scale=1.0, not 100.0" in err[-1]
 
 
 @pytest.mark.long

@@ -130,14 +130,8 @@ ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last 
 @pytest.mark.parametrize(
     "signals, says",
     [
-        ([signal.SIGINT], [f"Ctrl-C: {STOPS}"]),
         ([signal.SIGHUP, signal.SIGUSR1], [f"SIGHUP: {STOPS}", f"SIGUSR1: {STOPS}"]),
-        pytest.param([signal.SIGINT] * 2, [f"Ctrl-C: {STOPS}", ASKS], marks=pytest.mark.long),
-        pytest.param(
-            [signal.SIGTERM, signal.SIGINT, signal.SIGINT],
-            [f"SIGTERM: {STOPS}", f"Ctrl-C: {STOPS}", ASKS],
-            marks=pytest.mark.long,
-        ),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], [f"SIGTERM: {STOPS}", f"Ctrl-C: {STOPS}", ASKS]),
     ],
 )
 def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, signals, says):

@@ -50,19 +50,8 @@ LARGE = [str(x) for x in (10**6, 2**31, 10**12, 2**62, 2**63 - 1)]
 FLOATS = ["nan", "inf", "-inf", "1e308", "1e400", "1e-320", "-1", "-0.0", str(10**30), "9" * 400, "", "one", "1_0", "0"]
 WORDS = ["", "\0", "\udcff", ".", "-"]
 TEXTS = [*WORDS, "x\0y", "caf\udce9", "a" * 10**5, "\n", "\u202e", "\U0001f600", "--", "*", "null", "~", "../.."]
-PATHS = [
-    *WORDS,
-    "caf\udce9.txt",
-    "a" * 5000,
-    "a/" * 3000,
-    "nowhere",
-    "no/where.txt",
-    "folder",
-    "pipe",
-    "loop",
-    "loop/x",
-    "dangling",
-]
+PATHS = [*WORDS, "caf\udce9.txt", "a" * 5000, "a/" * 3000, "nowhere", "no/where.txt", "folder", "pipe", "loop", "loop/x"]
+PATHS += ["dangling"]
 PATHS += ["text.txt/x", "pipe.jsonl", "..", "~", "x:y", "a/b/c", "http://[", "/dev/zero", "/dev/null", "/proc/self/mem"]
 WRITTEN = [*WORDS, "a" * 5000, "no/where/x", "no/where/x.jsonl", "folder", "pipe", "loop", "loop.jsonl", "loop/x", "text.txt"]
 WRITTEN += ["text.txt/x", "pipe.jsonl", "folder.jsonl", "/proc/x.json", "/proc/self/x", "x", "x.md", "x.png", "x.parquet", "/"]

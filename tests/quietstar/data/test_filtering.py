@@ -190,7 +190,6 @@ def test_the_loop_of_the_page_runs(folder, capsys, commands):
     "wrong, code, message",
     [
         (["--keep=4", "--thoughts=3"], cli.DATA, "keep must be at most N=3, the thoughts that are sampled at an anchor, got 4"),
-        (["--keep=-1"], cli.USAGE, "ThoughtFilter: keep must be 0 or more, got -1"),
         (["--thoughts=0"], cli.USAGE, "--thoughts must be 1 or more, got 0"),
         (["--max-length=5"], cli.USAGE, "--max-length has no effect without --keep"),
     ],

@@ -86,12 +86,15 @@ def leaves(value, name=""):
             yield name, str(value)
 
 
-@pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_nothing_is_dropped(byte_tokenizer, shape, template, chat):
+def test_nothing_is_dropped(byte_tokenizer, shape, template):
     byte_tokenizer.chat_template = TEMPLATES[template]
-    row = SHAPES[shape]
+    for chat in (False, True):
+        check_row(byte_tokenizer, SHAPES[shape], template, chat)
+
+
+def check_row(byte_tokenizer, row, template, chat):
     try:
         text = row_text(row, "", chat, "here")
         text = text if isinstance(text, str) else chat_text(byte_tokenizer, text)
@@ -131,7 +134,7 @@ def test_fields_without_a_value_are_passed_over(row, text):
     "row, message",
     [
         ({"text": None}, "in a field 'text' (it is null), no messages and no question: it has 'text'"),
-        ({"text": 12}, "(it is 12)"),
+        ({"messages": []}, "Expected array of length >= 1 - at $.messages"),
         ({"prompt": "a", "completion": [USER]}, "must both be text or both be messages"),
         ({"conversations": [{"from": "nobody", "value": "x"}]}, "has a turn from 'nobody'"),
         ({"conversations": [{"from": "human"}]}, "missing required field content"),

@@ -136,11 +136,7 @@ BAD = {
     "undecodable": ("a.txt", b"one\ntw\xffo", "byte 6, in line 2, is not UTF-8"),
     "broken json": ("a.jsonl", b'{"text": "a"}\n{"text', "line 2 is not JSON"),
     "not text": ("a.jsonl", b'{"text": 3}', "line 1 has no text in a field 'text'"),
-    "other fields": ("a.jsonl", b'{"prompt": "a", "label": "b"}', "no messages and no question: it has 'prompt', 'label'"),
     "no fields": ("a.jsonl", b"[1]", "it has no fields"),
-    "no messages": ("a.jsonl", b'{"messages": []}', "line 1: Expected array of length >= 1 - at $.messages"),
-    "half a message": ("a.jsonl", b'{"messages": [{"role": "user"}]}', "missing required field content - at $.messages[0]"),
-    "no answer": ("a.jsonl", b'{"question": "a"}', "line 1 has no answer in a field 'answer' or 'answerKey'"),
     "too short": ("a.txt", b"abc", "it has 4 tokens, and looking 4 tokens ahead needs 6"),
     "hub": ("nobody/nothing", None, "pip install datasets"),
 }

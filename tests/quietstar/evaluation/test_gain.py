@@ -107,7 +107,7 @@ def test_a_single_text_has_no_interval():
     assert format_gain({"gain": 0.5, "gain_low": -0.25, "gain_high": 1.25}, digits=2) == "+0.50 (-0.25 to +1.25)"
 
 
-@pytest.mark.parametrize("seed, weight, own_better", [(0, 0.1, False), (1, 0.3, True), (2, 0.5, True), (3, 0.4, False)])
+@pytest.mark.parametrize("seed, weight, own_better", [(0, 0.1, False), (1, 0.3, True)])
 def test_an_untrained_model_is_never_helped(tiny, seed, weight, own_better):
     """On texts of its own, with the mixing weight forced: its thoughts disturb it, those of another text often even more."""
     model = tiny("llama", seed, tie_word_embeddings=True)

@@ -4,17 +4,17 @@ with each token that completions share computed once."""
 import random
 
 import pytest
-import torch
 
 pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
 
 from datasets import Dataset
 from tokenizers import AddedToken
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from quietstar.group_rl.shared_prompt import SharedPrompts
 from tests.quietstar.conftest import make_byte_tokenizer
+from tests.quietstar.group_rl.trainers import config_of, sum_of_ids, weights_of
 
 BOUND = 1e-5
 CALL = 'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call><|im_end|>'
@@ -103,20 +103,15 @@ def trained(tiny, tmp_path, monkeypatch):
     tokenizer.chat_template = qwen2_5_chat_template
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Does it rain in place {i}?"}]} for i in range(2)])
 
-    def reward(completion_ids, **_):
-        return [sum(x % 7 for x in ids) / len(ids) for ids in completion_ids]
-
     def train(cls, tools=None, environment_factory=None, rollout_func=None, **options):
         model = tiny("llama", num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=2048).double()
-        before = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-        usual = {"num_generations": 8, "max_steps": 1, "max_completion_length": 300, "optim": "sgd", "learning_rate": 0.1}
-        usual |= {"max_grad_norm": 0.0, "activation_checkpointing": False}
-        quiet = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True}
-        config = GRPOConfig(str(tmp_path / "run"), **{**usual, **quiet, **options})
+        before = weights_of(model)
+        usual = {"num_generations": 8, "max_steps": 1, "max_completion_length": 300, "activation_checkpointing": False}
+        config = config_of(cls, tmp_path, **usual | options)
         more = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
-        made = cls(model, reward, config, data, processing_class=tokenizer, **more)
+        made = cls(model, sum_of_ids, config, data, processing_class=tokenizer, **more)
         loss = made.train().training_loss
-        return made, torch.cat([weight.detach().flatten() for weight in model.parameters()]) - before, loss
+        return made, weights_of(model) - before, loss
 
     return train
 

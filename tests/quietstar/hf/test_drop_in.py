@@ -13,23 +13,14 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Nemotr
 
 import quietstar
 from quietstar_kernels import ThoughtLayout
+from tests.quietstar.common import sequential_logits
 from tests.quietstar.hf import all_architectures as everything
 
 ROOT = Path(__file__).parents[3]
 V = 96
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = LlamaConfig(**SIZES)
 GEMMA2 = Gemma2Config(
     **SIZES, head_dim=8, sliding_window=6, attn_logit_softcapping=5.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8
@@ -54,17 +45,6 @@ def packed_inputs(batch=2, text=10, thoughts=2, rows=3, anchors=(0, 4, 9)):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, V, (batch, layout.M), generator=generator)
     return layout, {"input_ids": ids, "position_ids": layout.position_ids(), "use_cache": False}
-
-
-def sequential_logits(model, layout, ids):
-    """[B,M,V] from ordinary forwards: the text alone, and each thought after its text prefix."""
-    text, thoughts = ids[:, : layout.L], ids[:, layout.L :].unflatten(1, (layout.P, layout.N, layout.S))
-    logits = [model(text, use_cache=False).logits]
-    for p, anchor in enumerate(layout.anchor[0].tolist()):
-        for n in range(layout.N):
-            prefix = torch.cat([text[:, : anchor + 1], thoughts[:, p, n]], 1)
-            logits.append(model(prefix, use_cache=False).logits[:, anchor + 1 :])
-    return torch.cat(logits, 1)
 
 
 @pytest.mark.long
@@ -200,7 +180,7 @@ def test_sharded_in_mixed_precision(shard):
 MIXES = "cannot think: it mixes positions outside attention"
 
 
-@pytest.mark.parametrize("model_type", ["bamba", "lfm2", "olmo_hybrid"])
+@pytest.mark.parametrize("model_type", ["lfm2", "olmo_hybrid"])
 def test_hybrid_models_are_refused_with_a_layout_alone(model_type):
     """Some of these, of two layers, have no attention at all."""
     quietstar.register_attention(without_layout="sdpa")

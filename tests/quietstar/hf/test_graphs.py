@@ -33,15 +33,8 @@ def rollout(seed):
     anchors = torch.stack([torch.randperm(L - 4, generator=generator)[:5].sort().values + 4 for _ in range(B)])
     anchors[0, 5 - seed % 3 :] = -1
     lengths = torch.randint(0, T + 1, (B, 5, N), generator=generator)
-    sequence_ids = torch.randint(0, 99, (B,), generator=generator)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "anchors": anchors,
-        "seed": seed * 2**61,
-        "sequence_ids": sequence_ids,
-        "thought_lengths": lengths,
-    }
+    given = {"sequence_ids": torch.randint(0, 99, (B,), generator=generator), "seed": seed * 2**61}
+    return {"input_ids": ids, "attention_mask": mask, "anchors": anchors, "thought_lengths": lengths, **given}
 
 
 def assert_same(got, want):

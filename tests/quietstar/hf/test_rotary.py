@@ -11,26 +11,11 @@ from quietstar_kernels import ThoughtLayout
 
 CHANGE = 16  # the longest text whose rotary embeddings are the short ones
 V = 61
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": CHANGE,
-}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": CHANGE}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 PER_LAYER = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 LONG = {"max_position_embeddings": 128}

@@ -11,13 +11,13 @@ from quietstar.cli import main as cli
 from quietstar.config import AdapterConfig
 from quietstar.memory.processes import Processes, count_weights, process_memory, step_traffic
 from quietstar.memory.step import GPU_BYTES, human, step_memory
+from tests.quietstar.memory.test_step import REAL
 
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
 B, L = 2, 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "phi3"])
+@pytest.mark.parametrize("name, dtype", REAL)
 def test_weights_are_those_of_a_real_model(tiny, name, dtype):
     model = tiny(name)
     qs = QuietStar(model.to(dtype), THOUGHTS, verify=False)

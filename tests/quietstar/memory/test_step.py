@@ -23,10 +23,10 @@ from tests.quietstar.common import kept_for_backward, text
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
 B, L = 2, 16
 ROWS = L * THOUGHTS.thoughts * THOUGHTS.rows
+REAL = [("llama", torch.float32), *((name, torch.bfloat16) for name in ("llama", "gpt2", "gemma2", "mixtral", "phi3"))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "phi3"])
+@pytest.mark.parametrize("name, dtype", REAL)
 def test_against_a_real_step(tiny, name, dtype):
     model = tiny(name, attn_pdrop=0.0) if name == "gpt2" else tiny(name)
     qs = QuietStar(model.to(dtype), THOUGHTS, verify=False)

@@ -140,7 +140,7 @@ def test_a_manifest_names_files_of_its_own_folder(saved, name):
         places.check(saved)
 
 
-@pytest.mark.parametrize("line", ["null", "[]", "3", '{"loss": 1}', '{"step": "1"}', '{"step": -1}', '{"step": 2', 10**5 * "["])
+@pytest.mark.parametrize("line", ["null", '{"step": -1}', '{"step": 2', 10**5 * "["])
 def test_a_line_of_the_metrics_that_is_none(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + "\n" + '{"step": 3}\n')

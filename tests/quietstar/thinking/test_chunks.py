@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MistralConfig, MistralForCausalLM
 
-import quietstar
 from quietstar.cli.main import COMMANDS
 from quietstar.cli.options import parse
 from quietstar.thinking import chunks
@@ -53,9 +51,9 @@ def test_chunks_change_nothing(thinker, what, preset):
     assert_same(qs, {"input_ids": text(), "seed": 4, **batches()[what]}, 3 if what == "anchors" else 5)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_other_architectures(thinker, name):
-    """Soft caps; sinks and experts; learned nothing of the sort, but two norms side by side."""
+    """Soft caps; sinks and experts."""
     assert_same(thinker(name), {"input_ids": text(), "seed": 4}, 5)
 
 
@@ -86,18 +84,6 @@ def test_given_thoughts_and_counts_of_a_larger_batch(thinker):
         got = {name: got[name] + grads[name] for name in got}
     torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-5, atol=0)
     assert_same_gradients(got, want)
-
-
-@pytest.mark.parametrize("greedy", [False, True])
-def test_the_rollout_in_chunks_thinks_the_same(thinker, greedy):
-    qs = thinker("mistral")
-    ids = text(3, 11)
-    whole = qs.think(ids, seed=1, greedy=greedy)
-    for chunk in (1, 4, 100):
-        qs.anchor_chunk = chunk
-        cut = qs.think(ids, seed=1, greedy=greedy)
-        assert torch.equal(cut.thought_ids, whole.thought_ids)
-        torch.testing.assert_close(cut.logprob, whole.logprob, rtol=0, atol=1e-5)
 
 
 def test_with_checkpointed_layers(thinker):
@@ -196,29 +182,6 @@ def test_auto_takes_what_memory_has_room_for(thinker, monkeypatch):
     assert other.chunk_size(other.thinker.layout(ids)) == 1 and qs.chunk_size(layout) == 96
     qs.anchor_chunk = "auto"
     assert qs.chunk_size(layout) == 1
-
-
-@pytest.mark.long
-def test_a_text_of_32k_tokens_trains():
-    """On a CPU, with a window of 2,048 for the sake of time; 128 thoughts at 64 places, 8 places at a time. The loss falls."""
-    L = 32768
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = MistralForCausalLM(MistralConfig(vocab_size=64, num_key_value_heads=1, sliding_window=2048, **sizes))
-    config = quietstar.ThoughtConfig(thoughts=2, thought_tokens=2, lookahead=2, policy_weight=1.0, embedding_scale=1.0)
-    qs = quietstar.QuietStar(model, config)
-    qs.anchor_chunk = 8
-    ids = torch.arange(L)[None] % 7 + torch.randint(2, (1, L))
-    anchors = torch.arange(511, L, 512)[None]
-    optimizer = torch.optim.Adam(qs.parameters(), lr=0.01)
-    losses = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        out = qs(ids, anchors=anchors, seed=0)
-        out.loss.backward()
-        optimizer.step()
-        losses.append(out.loss_ce.item())
-    assert losses[1] < losses[0] - 0.01
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in qs.parameters())
 
 
 def test_the_command_line_takes_a_size():

@@ -14,8 +14,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
-from quietstar.thinking.generate import Thinking, ThinkingModel
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar_kernels import ThoughtLayout, sample_token
 
 T, NEW, LENGTHS = 3, 4, (9, 6)
@@ -73,11 +72,11 @@ def slow_logprob(qs, text, name, thoughts, seed, threshold=-1.0):
     return (sum(mixed) / thoughts).log(), z
 
 
-def slow_generate(qs, texts, new=NEW, thoughts=1, seed=None, threshold=-1.0, processors=None):
+def slow_generate(qs, texts, new=NEW, thoughts=1, seed=None, threshold=-1.0, processors=None, names=range(9)):
     """New tokens [B,new] and the log-probabilities [B,new,V] they come from; with processors they are sampled."""
     texts, logprobs = list(texts), []
     for _ in range(new):
-        rows = [slow_logprob(qs, text, b, thoughts, seed, threshold)[0] for b, text in enumerate(texts)]
+        rows = [slow_logprob(qs, text, b, thoughts, seed, threshold)[0] for b, text in zip(names, texts, strict=False)]
         logprobs.append(torch.stack(rows))
         if processors is None:
             tokens = logprobs[-1].argmax(-1)
@@ -99,8 +98,9 @@ def fast_generate(qs, ids, mask, **options):
 def test_tokens_are_those_of_a_slow_generator(thinker, architecture):
     qs = thinker(architecture).eval()
     texts, ids, mask = prompts()
-    truth, truth_logprob = slow_generate(qs, texts, thoughts=2, seed=5)
-    tokens, logits = fast_generate(qs, ids, mask, thoughts=2, sample_thoughts=True, seed=5)
+    truth, truth_logprob = slow_generate(qs, texts, thoughts=2, seed=5, names=(7, 3))
+    options = {"thoughts": 2, "sample_thoughts": True, "seed": 5, "sequence_ids": torch.tensor([7, 3])}
+    tokens, logits = fast_generate(qs, ids, mask, **options)
     assert torch.equal(tokens, truth)
     assert (logits - truth_logprob).abs().max() <= BOUND  # averages are log-probabilities
     _, plain = fast_generate(qs, ids, mask, think="never")
@@ -123,10 +123,9 @@ def dividing_threshold(qs, texts):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["qwen2", pytest.param("gemma2", marks=pytest.mark.long)])
-def test_ways_to_think(thinker, name, case):
+def test_ways_to_think(thinker, case):
     changes, how = CASES[case]
-    qs = thinker(name, **changes).eval()
+    qs = thinker("qwen2", **changes).eval()
     texts, ids, mask = prompts((9, 6, 1), seed=1)
     if "threshold" in how:
         how = {**how, "threshold": dividing_threshold(qs, texts)}
@@ -190,35 +189,6 @@ def test_a_thinking_token_costs_T_plus_2_rows_and_the_text_runs_once(thinker):
     assert rows(thoughts=4) == rows()
     assert rows(thoughts=2, sample_thoughts=True) == [prompt] + [2] * (T + 2) + ([1] + [2] * (T + 2)) * (NEW - 1)
     assert rows(think=1000.0) == rows(think="never")
-
-
-def test_the_text_alone_stays_in_the_store(qs):
-    _, ids, mask = prompts()
-    model = ThinkingModel(qs.thinker, None, Thinking("always", 2, True, 0, None, None), new_tokens=1)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, use_cache=False, eos_token_id=None)
-    read = torch.cat([mask, mask.new_ones(2, NEW - 1)], 1)
-    layout = ThoughtLayout.from_padding(read, 1, 1).text_only()
-    fresh = ThoughtStore(layout)
-    with torch.no_grad():
-        embeds = qs.model.get_input_embeddings()(out[:, :-1])
-        decode_rows(qs.model, embeds, layout.text_position_ids(), fresh.prefill())
-    assert model.cache.written == layout.L
-    for entry, truth in zip(model.cache.store.entries, fresh.entries, strict=True):
-        for kept, again in ((entry.k_text, truth.k_text), (entry.v_text, truth.v_text)):
-            assert not kept[:, :, layout.L :].any()
-            kept = kept[:, :, : layout.L]
-            assert (kept - again)[read.bool()[:, None].expand(kept.shape[:3])].abs().max() <= BOUND
-
-
-@pytest.mark.parametrize("options", [{"thoughts": 2, "sample_thoughts": True, "seed": 4}, {"think": 2.5}], ids=str)
-def test_a_batch_is_its_rows_one_by_one(thinker, options):
-    qs = thinker("gemma3_text").eval()
-    texts, ids, mask = prompts((4, 12, 8))
-    names = torch.tensor([7, 3, 9])
-    batch, _ = fast_generate(qs, ids, mask, sequence_ids=names, **options)
-    for b, text in enumerate(texts):
-        alone, _ = fast_generate(qs, text[None], None, sequence_ids=names[b : b + 1], **options)
-        assert torch.equal(batch[b], alone[0])
 
 
 def test_a_row_that_ends_does_not_disturb_the_others(qs):

@@ -73,7 +73,7 @@ def plain_loss(qs, base, text, ids, lengths, old, J, discount, clip, temperature
     return loss - ce * logprobs(model, text).mean() if ce else loss
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("preset", ["rlp", "grlp", "rpt"])
 def test_loss_and_every_gradient(preset, seed):
     qs = online(preset, seed)
@@ -160,13 +160,13 @@ def slowly(qs, text, t, n, sequence, seed):
     return sampled
 
 
-@pytest.mark.parametrize("live", [None, 1, 2])
-def test_thoughts_that_end_themselves(live, monkeypatch):
+@pytest.mark.parametrize("live, end, likely", [(None, "e", 10.0), (2, "ee", 14.0)])
+def test_thoughts_that_end_themselves(live, end, likely, monkeypatch):
     """The same tokens as sampled one by one, whatever else is in the batch and however many are live."""
     monkeypatch.setattr("quietstar.thinking.cohorts.FIRST_ROWS", 4)
-    qs = online("rlp", 3, torch.float32, thought_tokens=24, thought_end="e", temperature=3.0)
+    qs = online("rlp", 3, torch.float32, thought_tokens=24, thought_end=end, temperature=3.0)
     qs.anchor_chunk = live
-    bias = torch.nn.Parameter(torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), 10.0))
+    bias = torch.nn.Parameter(torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), likely))
     qs.model.lm_head.bias = bias  # thoughts end after a dozen tokens or so
     text = torch.randint(256, (2, L), generator=torch.Generator().manual_seed(0))
     anchors = torch.tensor([[3, 7, 12, 15], [5, 9, -1, -1]])
@@ -184,12 +184,11 @@ def test_thoughts_that_end_themselves(live, monkeypatch):
         torch.testing.assert_close(out.logprob, thoughts.logprob.where(on, 0), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_anchors_in_chunks(chunk):
-    """The same loss and gradients, with one or two anchors at a time."""
+def test_anchors_in_chunks():
+    """The same loss and gradients, with two anchors at a time."""
     text = torch.randint(256, (2, L), generator=torch.Generator().manual_seed(0))
     found = []
-    for size in (None, chunk):
+    for size in (None, 2):
         qs = online("grlp", thought_tokens=9)
         qs.anchor_chunk = size
         out = qs(text, anchors=torch.tensor([[3, 7, 12], [4, 9, -1]]), seed=1)

@@ -21,18 +21,6 @@ def some_lengths(B=2, P=L, seed=1):
     return lengths
 
 
-def test_full_lengths_are_the_plain_step_bitwise(thinker):
-    qs = thinker()
-    mask = torch.ones(2, L, dtype=torch.long)
-    mask[0, :3] = mask[1, 8:] = 0
-    thoughts = qs.think(text(2, L), mask, seed=0).thought_ids
-    results = []
-    for lengths in (None, torch.full((2, L, 2), T)):
-        out, grads = step(qs, text(2, L), mask, thought_ids=thoughts, thought_lengths=lengths)
-        results.append([out.loss, out.nll_mix, out.reward, *grads.values()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 def test_what_stands_past_the_end_changes_nothing(thinker):
     """Not even ids outside the vocabulary."""
     qs = thinker()
@@ -154,35 +142,3 @@ def test_generation_lets_thoughts_stop(thinker):
         assert torch.equal(seen[-1], torch.where(on, thoughts.thought_ids[:, 0], -1))
         spread |= {tuple(thoughts.thought_lengths.flatten().tolist())}
     assert any(len(set(lengths)) > 1 for lengths in spread)
-
-
-def test_parts_add_up_to_the_whole(thinker):
-    """The mean over tokens is taken once, whatever tokens each part of the batch has."""
-    qs = thinker()
-    ids, lengths = text(2, L), some_lengths()
-    thoughts = qs.think(ids, seed=0).thought_ids
-    whole = qs(ids, thought_ids=thoughts, thought_lengths=lengths)
-    parts = [slice(0, 1), slice(1, 2)]
-    first, second = (qs.count_targets(ids[part], thought_lengths=lengths[part]) for part in parts)
-    assert first.tokens != second.tokens
-    losses = [
-        qs(ids[part], thought_ids=thoughts[part], thought_lengths=lengths[part], counts=first + second).loss for part in parts
-    ]
-    torch.testing.assert_close(sum(losses), whole.loss)
-
-
-BAD = {
-    "shape": (torch.ones(2, L, 3, dtype=torch.long), r"must have shape \[B,P,N\]=\[2,10,2\], got \[2,10,3\]"),
-    "float": (torch.ones(2, L, 2), "thought_lengths must have dtype int32, int64, got float32"),
-    "long": (torch.full((2, L, 2), T + 1), "thought_lengths must be from 0 to T=3, got 4"),
-    "negative": (torch.full((2, L, 2), -1), "thought_lengths must be from 0 to T=3, got -1"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_lengths_get_one_sentence(thinker, name):
-    lengths, message = BAD[name]
-    qs = thinker()
-    for call in (qs, qs.think):
-        with pytest.raises(ValueError, match=message):
-            call(text(2, L), thought_lengths=lengths)

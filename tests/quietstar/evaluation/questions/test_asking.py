@@ -25,9 +25,10 @@ SHORT = Asking(max_new_tokens=5)
 
 
 @pytest.fixture
-def qs(tiny, byte_tokenizer):
+def qs(tiny, byte_tokenizer, request):
+    """Of the preset official, unless a test asks for another."""
     model = tiny("llama", vocab_size=257, hidden_size=32, intermediate_size=48)
-    return wrap(model, byte_tokenizer, thought_tokens=3, lookahead=2).eval()
+    return wrap(model, byte_tokenizer, thought_tokens=3, lookahead=2, preset=getattr(request, "param", "official")).eval()
 
 
 def drawn_from(qs, ids, think):
@@ -48,6 +49,7 @@ def published(qs, text, think, kept, first):
     return product
 
 
+@pytest.mark.parametrize("qs", ["official", "paper"], indirect=True)
 def test_probability_of_bytes(qs):
     report = ask(qs, QUESTIONS, SHORT)
     letters = [qs.tokenizer.convert_tokens_to_ids(x) for x in "ABC"] + [qs.tokenizer("\n")["input_ids"][0]]

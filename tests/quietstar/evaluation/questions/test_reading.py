@@ -61,7 +61,6 @@ CHOICE = {"question": "Where?", "choices": ["x", "y"]}
 BAD = {
     "empty": ("", "there is no question in it"),
     "not JSON": ('{"question": "a", "answer": 1}\n{"quest', "line 2 is not JSON"),
-    "no question": ('{"answer": 1}', "line 1: Object missing required field question"),
     "no answer": (
         '{"question": "a", "answer": 1}\n\n{"question": "b"}',
         "line 3 has no answer in a field 'answer' or 'answerKey'",
@@ -71,13 +70,11 @@ BAD = {
         "line 1 has no choices, so its answer must be a number, got 'unknown'",
     ),
     "one choice": (json.dumps(CHOICE | {"choices": ["x"], "answer": 0}), "must have two choices or more"),
-    "odd choices": (json.dumps(CHOICE | {"choices": "xy", "answer": 0}), "array | null, got str - at $.choices"),
     "a label twice": (
         json.dumps(CHOICE | {"choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answer": "A"}),
         "two choices or more, with different labels",
     ),
     "no such choice": (json.dumps(CHOICE | {"answer": "z"}), "line 1 has the answer 'z', and its choices are A, B"),
-    "half a pair": ('{"question": "a\\ud800", "answer": 1}', "line 1 is not whole Unicode"),
 }
 
 
@@ -85,29 +82,10 @@ BAD = {
 def test_bad_files(tmp_path, case):
     content, message = BAD[case]
     path = tmp_path / "no.jsonl"
-    if content is not None:
-        path.write_text(content)
+    path.write_text(content)
     with pytest.raises(ValueError) as error:
         read_questions(str(path))
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_file_of_another_kind(tmp_path):
-    (tmp_path / "q.pdf").write_text("a,b")
-    with pytest.raises(ValueError, match=r"expected a file ending in \.txt"):
-        read_questions(str(tmp_path / "q.pdf"))
-
-
-def test_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(*names, **options):
-        asked.append((*names, options))
-        return iter([{"question": f"q{i}", "answer": f"#### {i}"} for i in range(9)])
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert [x.answer for x in read_questions("openai/gsm8k:main", "test", 2)] == ["0", "1"]
-    assert asked == [("openai/gsm8k", "main", {"split": "test", "streaming": True})]
 
 
 def test_a_bad_row_of_the_hub(monkeypatch):
