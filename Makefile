@@ -13,7 +13,7 @@ PIP_NEWEST = $(NEWEST)/bin/python -m pip --disable-pip-version-check --no-input 
 PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
 BUILD := $(if $(shell command -v $${CXX:-c++}),cpu,python)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
-    $(addprefix tests/quietstar/,test_model.py test_rollout.py test_golden.py test_generate.py hf/test_drop_in.py \
+    $(addprefix tests/quietstar/,test_model.py thinking/test_rollout.py test_golden.py thinking/test_generate.py hf/test_drop_in.py \
     hf/test_architectures.py checkpoints/test_native.py cli)
 CPP := $(wildcard $(foreach folder,csrc csrc/cpu tests/emulation tests/cpu_library,$(addprefix $(folder)/*.,cpp hpp cu cuh)))
 
