@@ -111,7 +111,8 @@ def test_shared_prompts_have_the_gradients_of_stock_grpo(smollm2, folder, tmp_pa
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    from tests.quietstar.group_rl.test_shared_prompt import SharedGRPO, batch, check_equal
+    from tests.quietstar.group_rl.test_shared_prompt import batch, check_equal
+    from tests.quietstar.group_rl.trainers import SharedGRPO
 
     def make(cls):
         arguments = GRPOConfig(
