@@ -148,7 +148,7 @@ class SharedPrompts(Trainer):
         place = self._step % steps
         first = max(0, place + self._window.start - self._step)
         after = min(steps, place + self._window.stop - self._step)
-        return _sorted(self._buffered_inputs[first:after])[place - first]
+        return _sort_rows(self._buffered_inputs[first:after])[place - first]
 
     def _adds_up(self) -> bool:
         """Whether the loss of an optimizer step doesn't depend on which completions share a microbatch."""
@@ -205,23 +205,23 @@ def _alike_together(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return place.argsort(stable=True)
 
 
-def _sorted(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The inputs of steps, as many rows in each as before, with rows sorted over all steps."""
-    size = len(steps[0]["prompt_ids"])
+def _sort_rows(microbatches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same inputs with as many rows in each microbatch as before, sorted over all of them."""
+    size = len(microbatches[0]["prompt_ids"])
     ids, mask = (
-        torch.cat([torch.cat([step[f"prompt_{name}"], step[f"completion_{name}"]], 1) for step in steps])
+        torch.cat([torch.cat([one[f"prompt_{name}"], one[f"completion_{name}"]], 1) for one in microbatches])
         for name in ("ids", "mask")
     )
     order = _alike_together(ids, mask)
-    result: list[dict[str, Any]] = [{} for _ in steps]
-    for name, value in steps[0].items():
+    result: list[dict[str, Any]] = [{} for _ in microbatches]
+    for name, value in microbatches[0].items():
         if isinstance(value, Tensor) and value.ndim:
-            parts: Sequence[Any] = torch.cat([step[name] for step in steps])[order].split(size)
+            parts: Sequence[Any] = torch.cat([one[name] for one in microbatches])[order].split(size)
         elif isinstance(value, list):
-            rows = [row for step in steps for row in step[name]]
+            rows = [row for one in microbatches for row in one[name]]
             parts = [[rows[i] for i in places.tolist()] for places in order.split(size)]
-        else:  # None, or one number for all steps
-            parts = [step[name] for step in steps]
-        for step, part in zip(result, parts, strict=True):
-            step[name] = part
+        else:  # None, or one number for all microbatches
+            parts = [one[name] for one in microbatches]
+        for one, part in zip(result, parts, strict=True):
+            one[name] = part
     return result

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, 
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from quietstar.group_rl.completions import without_padding
-from quietstar.group_rl.shared_prompt import SharedPrompts, _sorted
+from quietstar.group_rl.shared_prompt import SharedPrompts, _sort_rows
 from quietstar.hf.modules import unwrapped
 from quietstar_kernels import ThoughtLayout
 from tests.quietstar.group_rl.trainers import (
@@ -202,7 +202,7 @@ def test_lists_are_sorted_with_their_rows():
     whole |= {f"{part}_mask": torch.ones_like(ids) for part in ("prompt", "completion")}
     whole |= {"names": [f"row {i} of {int(x)}" for i, x in enumerate(ids)], "number": 2, "rewards": torch.arange(6)}
     steps = [{name: x if name == "number" else x[i : i + 2] for name, x in whole.items()} for i in (0, 2, 4)]
-    found = _sorted(steps)
+    found = _sort_rows(steps)
     assert [step["number"] for step in found] == [2, 2, 2] and [len(step["names"]) for step in found] == [2, 2, 2]
     assert [step["prompt_ids"].flatten().tolist() for step in found] == [[3, 3], [4, 4], [5, 5]]
     for step in found:
