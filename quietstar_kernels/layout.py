@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .branches import ANCHOR, DEPTH, END, Branches, of_rows, tree_of
+from .branches import ANCHOR, DEPTH, END, Branches, Size, of_rows, tree_of
 from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, has_values, on_host, refuse_where
 
 OP = "ThoughtLayout"
@@ -89,21 +89,7 @@ class ThoughtLayout:
         if self._made is not None and not self._made.serves(self):
             object.__setattr__(self, "_made", None)
 
-    @property
-    def B(self) -> int:
-        return self.lo.shape[0]
-
-    @property
-    def L(self) -> int:
-        return self.lo.shape[1]
-
-    @property
-    def P(self) -> int:
-        return self.anchor.shape[1]
-
-    @property
-    def N(self) -> int:
-        return self.length.shape[2]
+    B, L, P, N = Size("lo", 0), Size("lo", 1), Size("anchor", 1), Size("length", 2)
 
     @property
     def S(self) -> int:
