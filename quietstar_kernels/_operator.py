@@ -106,11 +106,7 @@ class _WithFormula(MetaPathFinder):
 
 
 def _gradient(
-    op: OpOverload,
-    function: Callable[..., Any],
-    setup_context: SetupContext | None,
-    backward: Backward | None,
-    instead: str,
+    op: OpOverload, function: Callable[..., Any], setup_context: SetupContext | None, backward: Backward | None, instead: str
 ) -> type[torch.autograd.Function]:
     name, public = function.__name__.strip("_"), function.__module__.rpartition(".")[2]  # a module has one public op
 

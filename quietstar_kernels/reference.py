@@ -29,13 +29,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T, masked) v over the packed rows. Returns out [B,H,rows,E] and lse [B,H,rows]."""
     mask, live = _masks(branches, options.window, q.shape[2])
     return _masked_attention(wide(q), wide(k), wide(v), mask, live, options, q.dtype)
@@ -200,13 +194,7 @@ def final_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def logprob_grad(
-    logits: Tensor,
-    raw: Tensor,
-    targets: Tensor,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    saved: Saved,
-    head: Head,
+    logits: Tensor, raw: Tensor, targets: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, saved: Saved, head: Head
 ) -> Tensor:
     """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
     logp = logits - saved.largest[:, None] - saved.log_total[:, None]
@@ -295,13 +283,7 @@ def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    live: Tensor,
-    options: AttentionOptions,
-    dtype: torch.dtype,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, live: Tensor, options: AttentionOptions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of q [B,H,rows,K] over k [B,G,keys,K] with mask [B,rows,keys]; rows that are off give 0 and -inf."""
     scale, _, softcap, sinks = options

@@ -114,13 +114,7 @@ class _Softmax:
         entropy.copy_(log_total - gap.clamp_(min=LEAST).mul_(x).sum(-1) / total) if gaps is not None else entropy.zero_()
 
     def gradient(
-        self,
-        weights: Tensor,
-        targets: Tensor,
-        states: Tensor,
-        grad_logprob: Tensor,
-        grad_entropy: Tensor | None,
-        out: Tensor,
+        self, weights: Tensor, targets: Tensor, states: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, out: Tensor
     ) -> None:
         """Writes the gradient of the loss by hidden · weight to out, which may be the weights."""
         picked, entropy, largest, log_total = (state[:, None] for state in states)

@@ -15,13 +15,7 @@ PARTS = 16  # of all heads together at least, for threads to share; a number tha
 TILE = 112  # query rows for which a part of its own is worth it
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
     if not _library.serves(q.dtype):
         return plain.thought_attention(q, k, v, branches, options)

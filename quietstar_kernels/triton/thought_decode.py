@@ -44,14 +44,7 @@ from ._device import (
     without_poison,
 )
 from ._launch import Launch, Plan, cdiv, key_tiles, near, pairs_together, plan, tile_of
-from .configs import (
-    THOUGHT_DECODE,
-    THOUGHT_DECODE_OPTIONS,
-    THOUGHT_DECODE_SUM,
-    THOUGHT_DECODE_TREE,
-    Config,
-    pick,
-)
+from .configs import THOUGHT_DECODE, THOUGHT_DECODE_OPTIONS, THOUGHT_DECODE_SUM, THOUGHT_DECODE_TREE, Config, pick
 
 SMALLEST_PART = 4  # blocks of keys, enough to load one during the work on another
 

@@ -95,11 +95,7 @@ def compiled(name: str, config: Config, table: Table, launch: Callable[[], objec
     end, again = spans[len(rows) - 1][2], spans[-1][2]
     outside = end + len(code) - again - sum(x.instructions for x in found[: len(rows)])
     # A multiprocessor has 228 KB of shared memory, of which a program takes one for itself, 64 Ki registers and 64 warps.
-    residents = min(
-        233472 // (takes.shared + 1024),
-        65536 // (-(-takes.registers // 8) * 8 * 32 * warps),
-        64 // warps,
-    )
+    residents = min(233472 // (takes.shared + 1024), 65536 // (-(-takes.registers // 8) * 8 * 32 * warps), 64 // warps)
     issue = outside * warps / 4
     return Code(config.blocks, turns, residents, Turn({"issue": issue}, issue + LOADS[name] * LOAD))
 

@@ -64,11 +64,7 @@ def raising(result):
     raise RuntimeError("an illegal memory access")
 
 
-SAYS = {
-    scaled: "error .* exceeds",
-    with_a_nan: "error inf at",
-    raising: "RuntimeError: an illegal memory access",
-}
+SAYS = {scaled: "error .* exceeds", with_a_nan: "error inf at", raising: "RuntimeError: an illegal memory access"}
 
 
 @pytest.mark.kernels

@@ -39,13 +39,7 @@ SCORES = 2**18  # of own rows at a time: 1 MB of fp32, which fits a core's cache
 FEWEST_ROWS = 32  # of a block, however long the branch
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """As ``reference.thought_attention``."""
     G, L = k.shape[1], branches.L
     out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=wide(q[:0]).dtype)

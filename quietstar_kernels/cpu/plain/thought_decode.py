@@ -8,16 +8,7 @@ from torch import Tensor
 from ..._options import AttentionOptions
 from ...branches import LENGTH
 from ...reference import wide
-from ._text import (
-    add_sinks,
-    join,
-    plain,
-    sees_text,
-    split,
-    step_chunks,
-    text_forward,
-    without_poison,
-)
+from ._text import add_sinks, join, plain, sees_text, split, step_chunks, text_forward, without_poison
 
 
 def thought_decode(

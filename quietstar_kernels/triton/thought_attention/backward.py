@@ -41,12 +41,7 @@ from .._device import (
     window_bounds,
 )
 from .._launch import Launch, Plan, cdiv, padded, pairs_together, tile_of
-from ..configs import (
-    ATTENTION_BACKWARD_QUERIES,
-    ATTENTION_BACKWARD_QUERIES_TREE,
-    ATTENTION_BACKWARD_ROWS,
-    pick,
-)
+from ..configs import ATTENTION_BACKWARD_QUERIES, ATTENTION_BACKWARD_QUERIES_TREE, ATTENTION_BACKWARD_ROWS, pick
 
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
 # key, and its scores no gradient.
