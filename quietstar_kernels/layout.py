@@ -44,7 +44,8 @@ class ThoughtLayout:
 
     They check values once.
 
-    A wrong value raises ValueError on a CPU. On a GPU, which nothing waits for, and under torch.compile an assertion fails.
+    Bad values raise ValueError on a CPU. On a GPU and under torch.compile they trip an assertion on the device, so that no call
+    waits for it.
 
     Attributes:
         anchor: int32 [B,P]. The text position of each anchor, ascending; unused places are at the end and hold -1.

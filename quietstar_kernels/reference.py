@@ -20,7 +20,7 @@ GROUPS = 8  # the draw inside a block takes one of 8 groups of 16 columns first
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``: it serves everything."""
+    """Implements ``_dispatch.why_not``: the reference serves everything."""
     return None
 
 

@@ -29,7 +29,7 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def linear_logprob(
     hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob``."""
+    """Implements ``reference.linear_logprob``."""
     softmax = _Softmax(head)
     weight = softmax.weight
     R, V = len(hidden), len(weight)
@@ -55,7 +55,7 @@ def linear_logprob_backward(
     saved: Saved,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_backward``."""
+    """Implements ``reference.linear_logprob_backward``."""
     entropy, largest, log_total, kept, kept_rows = saved
     softmax = _Softmax(head)
     weight = softmax.weight

@@ -16,7 +16,7 @@ TILE = 112  # query rows for which a part of its own is worth it
 
 
 def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """As ``reference.thought_attention``."""
+    """Implements ``reference.thought_attention``."""
     if not _library.serves(q.dtype):
         return plain.thought_attention(q, k, v, branches, options)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
@@ -38,7 +38,7 @@ def thought_attention_backward(
     options: AttentionOptions,
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``."""
+    """Implements ``reference.thought_attention_backward``."""
     if not _library.serves(q.dtype):
         return plain.thought_attention_backward(grad_out, q, k, v, out, lse, branches, options, grad_lse)
     B, H, rows, K = q.shape

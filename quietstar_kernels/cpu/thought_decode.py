@@ -22,7 +22,7 @@ def thought_decode(
     options: AttentionOptions,
     tree: Tensor | None = None,
 ) -> Tensor:
-    """As ``reference.thought_decode``."""
+    """Implements ``reference.thought_decode``."""
     if not _library.serves(q.dtype):
         return plain.thought_decode(q, k_text, v_text, k_own, v_own, lo, table, step, options, tree)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))

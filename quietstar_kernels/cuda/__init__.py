@@ -13,7 +13,7 @@ SERVES: dict[str, Callable[..., str | None]] = {"thought_decode": thought_decode
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``."""
+    """Implements ``_dispatch.why_not``."""
     if op not in SERVES:
         return f"it has no kernel for {op}"
     reason = _library.why_not(device)

@@ -48,7 +48,7 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def linear_logprob(
     hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob``."""
+    """Implements ``reference.linear_logprob``."""
     weight = head.weight
     R, V = len(hidden), len(weight)
     shift, factors = _shift(head), _factors(head)
@@ -102,7 +102,7 @@ def linear_logprob_backward(
     saved: Saved,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
+    """Implements ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
     weight = head.weight
     R, V = len(hidden), len(weight)
     shift, factors = _shift(head), _factors(head)

@@ -62,7 +62,7 @@ def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
     options: AttentionOptions, tree: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As ``reference.thought_decode``."""
+    """Implements ``reference.thought_decode``."""
     scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L, E = v_text.shape[1:]

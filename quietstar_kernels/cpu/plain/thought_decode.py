@@ -23,7 +23,7 @@ def thought_decode(
     options: AttentionOptions,
     tree: Tensor | None = None,
 ) -> Tensor:
-    """As ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
+    """Implements ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
     _, window, _, sinks = options
     G, now = k_text.shape[1], int(step)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))

@@ -1,8 +1,8 @@
 """Forward of thought_attention: a program takes BLOCK_M query rows of one key head and loops over their keys, block by block.
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. No tile has both text
-rows and branch rows. The keys of a tile are the own rows from the first that a row of the tile sees to the last, and the text
-likewise, in this order:
+rows and branch rows. The keys of a tile are the own rows from the first to the last that a row of the tile sees, and the text
+from the first to the last, in this order:
 
 1. of both, those at the edges, which only some rows see, in masked blocks of BLOCK_EDGE;
 2. of both, those that all rows see, in blocks of BLOCK_N without a mask.
@@ -81,7 +81,7 @@ class DescribedKeys(NamedTuple):
 
 
 def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """As ``reference.thought_attention``."""
+    """Implements ``reference.thought_attention``."""
     scale, window, softcap, sinks = options
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
