@@ -88,7 +88,7 @@ def thought_attention_backward(
     options: AttentionOptions,
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Implements ``reference.thought_attention_backward``. Gradients of text keys are summed chunk by chunk, in a fixed order."""
+    """Implements ``reference.thought_attention_backward``. Gradients of text keys are summed by chunk, in a fixed order."""
     G, L, sinks = k.shape[1], branches.L, options.sinks
     E = v.shape[-1]
     if grad_lse is not None:  # one more column, so that rowsum(dO * O) is smaller by it and dO v^T stays the same
