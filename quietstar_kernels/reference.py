@@ -36,16 +36,9 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O) + dlse), then through the soft cap and the scale."""
     scale, window, softcap, sinks = options
     mask, live = _masks(branches, window, q.shape[2])
@@ -81,17 +74,9 @@ def thought_attention_backward(
 
 
 def thought_decode(
-    q: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    step: Tensor,
-    options: AttentionOptions,
-    tree: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
+    options: AttentionOptions, tree: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Row ``step`` of every branch, q [B,H,C,K], over the text and its own rows 0..step. Returns [B,H,C,E].
 
     lo [B,L], table [B,C,3] and tree are those of ``Branches``; k_own [B,G,C,S,K]. In a tree it also sees the parents' rows.

@@ -20,20 +20,17 @@ FAR = tl.constexpr(1 << 30)  # after every row
 
 
 class Stride(NamedTuple):
-    """Strides of a tensor [B,heads,rows,width]; the last is 1."""
+    """Strides of a tensor [B,heads,rows,width], or c of [B,heads,C,rows,width]; the last is 1."""
 
     b: Any
     h: Any
     m: Any
+    c: Any = None
 
 
 class Tile(NamedTuple):
-    """The sizes of a tile and how its products are computed, which a kernel is compiled for. They are ``tl.constexpr``.
-
-    Attributes:
-        K, E: widths of keys and values; BLOCK_K, BLOCK_E: padded.
-        PRECISION: of products, as ``tl.dot`` takes it.
-        BLOCK_M, BLOCK_N, BLOCK_EDGE, SLICES, CAREFUL: see ``configs``; 0 in kernels that have none.
+    """What a kernel is compiled for, each a ``tl.constexpr``: the widths of keys and values, also padded, the PRECISION of
+    ``tl.dot``, and the blocks of a ``Config``, 0 in kernels that have none.
     """
 
     K: Any
@@ -87,12 +84,7 @@ class Seen(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where the kernels of the queries read keys and values.
-
-    Attributes:
-        k, v: pointers to the first row of a head.
-        stride_k, stride_v: from row to row.
-    """
+    """Where a kernel of the queries reads keys and values: pointers to the first row of a head, and strides from row to row."""
 
     k: Any
     v: Any

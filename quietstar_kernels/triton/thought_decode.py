@@ -13,8 +13,6 @@ If there are fewer tiles than processors, as in generation, the text of a tile i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -49,15 +47,6 @@ from .configs import THOUGHT_DECODE, THOUGHT_DECODE_OPTIONS, THOUGHT_DECODE_SUM,
 SMALLEST_PART = 4  # blocks of keys, enough to load one during the work on another
 
 
-class OwnStride(NamedTuple):
-    """Strides of the thoughts' keys or values [B,G,C,S,width]."""
-
-    b: Any
-    h: Any
-    c: Any
-    m: Any
-
-
 def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
     options: AttentionOptions, tree: Tensor | None = None,
@@ -87,9 +76,10 @@ def thought_decode(
     k_full, v_full = key_tiles(k_text, v_text, config, known, "BLOCK_N")
 
     def prepare() -> Launch:
-        strides = *(Stride(*x.stride()[:3]) for x in (q, k_text, v_text)), *(OwnStride(*x.stride()[:4]) for x in (k_own, v_own))
+        strides = [Stride(*x.stride()[:3]) for x in (q, k_text, v_text)]
+        strides += [Stride(x.stride(0), x.stride(1), x.stride(3), x.stride(2)) for x in (k_own, v_own)]
         together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
-        numbers = strides, B, G, together, H // G, L, thoughts, window, scale, softcap
+        numbers = tuple(strides), B, G, together, H // G, L, thoughts, window, scale, softcap
         return Launch(_decode, (tiles, splits), numbers, {"tile": tile_of(config, K, E)})
 
     tensors = q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, *layout, step, out, parts

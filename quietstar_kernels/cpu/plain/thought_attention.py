@@ -78,16 +78,9 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Implements ``reference.thought_attention_backward``. Gradients of text keys are summed by chunk, in a fixed order."""
     G, L, sinks = k.shape[1], branches.L, options.sinks
     E = v.shape[-1]

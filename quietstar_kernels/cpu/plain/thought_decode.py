@@ -12,17 +12,9 @@ from ._text import add_sinks, join, plain, sees_text, split, step_chunks, text_f
 
 
 def thought_decode(
-    q: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    step: Tensor,
-    options: AttentionOptions,
-    tree: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
+    options: AttentionOptions, tree: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Implements ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
     _, window, _, sinks = options
     G, now = k_text.shape[1], int(step)

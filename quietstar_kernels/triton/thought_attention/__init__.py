@@ -29,16 +29,9 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Implements ``reference.thought_attention_backward``."""
     scale, window, softcap, sinks = options
     grad_out, q, k, v, out = (near(x) for x in (grad_out, q, k, v, out))

@@ -6,7 +6,7 @@ makes seven matrix products. A single pass for all three takes five, but has to 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from .._device import (
     LOG2_E,
     Blocks,
     Keys,
+    Seen,
     Sizes,
     Stride,
     bounds,
@@ -71,17 +72,6 @@ class Rows(NamedTuple):
     own_count: Tensor
     oldest: Tensor | None
     dsinks: Tensor | None
-
-
-class SeenCount(NamedTuple):
-    """As ``Seen``, with how many keys of the text a row sees in place of the last."""
-
-    first: Any
-    text_count: Any
-    own_first: Any
-    own_last: Any
-    oldest: Any
-    on: Any
 
 
 class Inputs(NamedTuple):
@@ -237,9 +227,9 @@ def attention_backward_queries(
         limits = window_bounds(limits, oldest, on, layout.lo)
     text = cover(limits, tile)
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_K], tl.float32)
-    seen = SeenCount(first, count, own_first, own_first + own_count - 1, oldest, on)
+    seen = Seen(first, first + count - 1, own_first, own_first + own_count - 1, oldest, on)
     if tree is None:
-        acc = over_blocks(acc, queries, grads, lse, delta, seen, own_first, own_count, keys, layout, text, sizes, tile)
+        acc = over_blocks(acc, queries, grads, lse, delta, seen, count, own_first, own_count, keys, layout, text, sizes, tile)
     else:  # the text and the node of the tile's first row, then the nodes above
         start, before, full, edges = text
         node = first_node(m, on, layout.of_row, L)
@@ -249,7 +239,9 @@ def attention_backward_queries(
             seen_first, seen_last, node = keys_of_node(node, near, seen, layout, L)
             seen_count = seen_last - seen_first + 1
             text = Blocks(start, before, full, edges)
-            acc = over_blocks(acc, queries, grads, lse, delta, seen, seen_first, seen_count, keys, layout, text, sizes, tile)
+            acc = over_blocks(
+                acc, queries, grads, lse, delta, seen, count, seen_first, seen_count, keys, layout, text, sizes, tile
+            )
             before, full, edges, near = before * 0, full * 0, edges * 0, node < -1
             more = node >= 0
 
@@ -261,8 +253,8 @@ def attention_backward_queries(
 
 
 @triton.jit
-def over_blocks(acc, queries, grads, lse, delta, seen, own_first, own_count, keys, layout, text, sizes, tile):
-    """acc [BLOCK_M, BLOCK_K] after ``own_count`` own keys from ``own_first`` and the text's blocks."""
+def over_blocks(acc, queries, grads, lse, delta, seen, count, own_first, own_count, keys, layout, text, sizes, tile):
+    """acc [BLOCK_M, BLOCK_K] after ``own_count`` own keys from ``own_first`` and ``count`` of the text's."""
     own = cover(bounds(own_first, own_first + own_count - 1, seen.on), tile)
     i = tl.arange(0, tile.BLOCK_EDGE)
     for j in tl.range(own.edges + text.edges):
@@ -275,7 +267,7 @@ def over_blocks(acc, queries, grads, lse, delta, seen, own_first, own_count, key
         k = tl.where(k.to(tl.float32) * 0.0 == 0.0, k, 0.0)
         ds = score_gradient(queries, grads, k, v, lse, delta, sizes, tile)
         begin = tl.where(is_own, own_first, seen.first)
-        sees = in_range(n[None, :], begin[:, None], tl.where(is_own, own_count, seen.text_count)[:, None])
+        sees = in_range(n[None, :], begin[:, None], tl.where(is_own, own_count, count)[:, None])
         if layout.path is not None:
             sees &= on_path(n, seen, layout.path, sizes)
         if sizes.window is not None:

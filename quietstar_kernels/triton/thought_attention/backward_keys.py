@@ -7,7 +7,7 @@ up.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -33,16 +33,6 @@ from .backward import Inputs
 PROGRAMS, PARTS, TILES = 1056, 8, 16
 # Rows of a branch, on average, from which its keys take the tiles of text, if these make so many programs.
 LONG, LONG_PROGRAMS = 128, 264
-
-
-class RowsOfKeys(NamedTuple):
-    """The tables of the query rows for keys of the text, or of the branches; see ``Rows``."""
-
-    delta: Tensor
-    lse: Tensor
-    first: Tensor
-    seen_count: Tensor
-    oldest: Tensor | None
 
 
 def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -80,9 +70,9 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
     """
     grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known = inputs
     K, E = k.shape[3], v.shape[3]
-    kind, rows_of = "own keys", RowsOfKeys(tables.delta, tables.lse, tables.own_first, tables.own_count, None)
-    if ranges is not None:
-        kind, rows_of = "text keys", RowsOfKeys(tables.delta, tables.lse, tables.first, tables.text_count, tables.oldest)
+    kind = "text keys"
+    if ranges is None:  # the kernel reads one range of keys for each row
+        kind, tables = "own keys", tables._replace(first=tables.own_first, text_count=tables.own_count, oldest=None)
 
     def prepare() -> Launch:
         (B, H, rows, _), G, L, M = q.shape, k.shape[1], branches.L, branches.M
@@ -96,7 +86,7 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
 
     if ranges is not None:  # which the rows of a node see as those of any branch do
         branches = branches._replace(tree=None, path=None)
-    tensors = grad_out, q, k, v, rows_of, *branches.contiguous(), ranges
+    tensors = grad_out, q, k, v, tables, *branches.contiguous(), ranges
     if max(K, E) * q.element_size() > 256:  # with wide heads, registers only hold one of the two sums
         known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
         known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
@@ -164,7 +154,7 @@ def attention_backward_keys(
     q += b * stride_q.b + g * HG * stride_q.h
     grad_out += b * stride_g.b + g * HG * stride_g.h
     first_table = tables.first + b * rows
-    count_table = tables.seen_count + b * rows
+    count_table = tables.text_count + b * rows
     index, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
     row0, row_end = row_tile(index, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
     row_end = tl.where(begin < stop, row_end, 0)
