@@ -2,8 +2,8 @@
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under query head f % HG of the group.
 
-Records hold what belongs together. As an argument of a launch, Triton specialises the numbers in one on their value, whatever
-``do_not_specialize`` says; so sizes are separate arguments there.
+Records hold what belongs together. Of a launch's arguments, Triton specialises the numbers in one on their value, whatever
+``do_not_specialize`` says; so sizes are separate arguments there. With Triton 3.6 no function can return a record with a None.
 """
 
 from __future__ import annotations
@@ -180,15 +180,6 @@ def divide(first, i, by):
     quotient -= (quotient * by > i).to(tl.int32)
     quotient += (i - quotient * by >= by).to(tl.int32)
     return first // by + quotient, i - quotient * by
-
-
-@triton.jit
-def layout_of(b, lo, table, of_row, tree, path, L, R, C):
-    """The ``Layout`` of batch row ``b``, int64, by pointers to the contiguous tensors of all."""
-    if tree is not None:
-        tree += b * C * 4
-        path += b * R * 2
-    return Layout(lo + b * L, table + b * C * 3, of_row + b * R, tree, path)
 
 
 @triton.jit

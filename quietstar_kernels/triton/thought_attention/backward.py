@@ -19,6 +19,7 @@ from .._device import (
     LOG2_E,
     Blocks,
     Keys,
+    Layout,
     Seen,
     Sizes,
     Stride,
@@ -28,7 +29,6 @@ from .._device import (
     first_node,
     in_range,
     keys_of_node,
-    layout_of,
     load_tile,
     on_path,
     scores,
@@ -126,7 +126,10 @@ def attention_rows(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     m = row + (L + R - rows)
-    layout = layout_of(b, lo, table, of_row, tree, path, L, R, C)
+    if tree is not None:
+        tree += b * C * 4
+        path += b * R * 2
+    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * R, tree, path)
     seen = seen_by(m, inside, layout, L, full_own, window)
     on = seen.on
 
@@ -206,7 +209,10 @@ def attention_backward_queries(
     k += b * stride_k.b + g * stride_k.h
     v += b * stride_v.b + g * stride_v.h
     keys = Keys(k, v, stride_k.m, stride_v.m)
-    layout = layout_of(b, lo, table, of_row, tree, path, L, M - L, C)
+    if tree is not None:
+        tree += b * C * 4
+        path += b * (M - L) * 2
+    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * (M - L), tree, path)
     at = (b * (G * HG) + h) * rows + row
     lse = tl.load(tables.lse + at, mask=inside, other=float("inf"))
     delta = tl.load(tables.delta + at, mask=inside, other=0.0)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...branches import Branches
-from .._device import FAR, Stride, in_range, layout_of, load_tile, scores, store_tile, taking_turns, weights
+from .._device import FAR, Layout, Stride, in_range, load_tile, scores, store_tile, taking_turns, weights
 from .._launch import Launch, Plan, cdiv, padded, pairs_together, tile_of
 from ..configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
@@ -112,7 +112,10 @@ def attention_backward_keys(
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     pair, turn = taking_turns(B * G, together)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
-    layout = layout_of(b, lo, table, of_row, tree, path, L, M - L, C)
+    if tree is not None:
+        tree += b * C * 4
+        path += b * (M - L) * 2
+    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * (M - L), tree, path)
     part, block = turn % parts, turn // parts
     before = rows - (M - L)  # query rows before the first branch row
     if ranges is None:

@@ -31,6 +31,7 @@ from .._device import (
     LOG2_E,
     LOWEST,
     Blocks,
+    Layout,
     Sizes,
     Stride,
     bounds,
@@ -39,7 +40,6 @@ from .._device import (
     first_node,
     in_range,
     keys_of_node,
-    layout_of,
     load_rows,
     load_tile,
     on_path,
@@ -132,7 +132,10 @@ def attention_forward(
     k += b * stride_k.b + g * stride_k.h
     v += b * stride_v.b + g * stride_v.h
     keys = DescribedKeys(k, v, stride_k.m, stride_v.m, k_full, v_full, k_edge, v_edge, b, g)
-    layout = layout_of(b, lo, table, of_row, tree, path, L, R, C)
+    if tree is not None:
+        tree += b * C * 4
+        path += b * R * 2
+    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * R, tree, path)
     node = 0
     seen = seen_by(m, inside, layout, L, full_own, window)
     if tree is not None:
