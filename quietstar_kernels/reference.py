@@ -147,14 +147,9 @@ def linear_logprob(
 
 
 def linear_logprob_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    saved: Saved,
+    grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, head: Head, targets: Tensor, saved: Saved,
     wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of hidden, weight and bias, each None if it isn't ``wanted``."""
     weight = head.weight
     d = logprob_grad(final_logits(hidden, head), linear(hidden, head), targets, grad_logprob, grad_entropy, saved, head)

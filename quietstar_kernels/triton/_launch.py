@@ -74,7 +74,9 @@ class Plan:
         if known is None:
             self._first(name, config, tensors, prepare())
             return
-        compiled, run, function, metadata, grid, rest = known
+        compiled, run, function, metadata, grid, rest, record = known
+        if record is not None:
+            tensors = (*tensors[:record], tuple(tensors[record]), *tensors[record + 1 :])
         stream = triton.runtime.driver.active.get_current_stream(self.device)
         hooks = triton.knobs.runtime
         enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
@@ -93,9 +95,15 @@ class Plan:
             return
         compiled = kernel[grid](*tensors, *numbers, **options)
         if getattr(compiled, "module", None) is not None:  # it was launched, neither interpreted nor only compiled
-            rest = *numbers, *(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
-            whole_grid = (*grid, 1, 1)[:3]
-            self.known[name, config] = compiled, compiled.run, compiled.function, compiled.packed_metadata, whole_grid, rest
+            rest = _plain((*numbers, *(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])))
+            record = next((i for i, x in enumerate(tensors) if isinstance(x, tuple)), None)
+            handles = compiled, compiled.run, compiled.function, compiled.packed_metadata
+            self.known[name, config] = *handles, (*grid, 1, 1)[:3], rest, record
+
+
+def _plain(x: Any) -> Any:
+    """Records as tuples, which Triton 3.6 launches with 2 µs sooner."""
+    return tuple(map(_plain, x)) if isinstance(x, tuple) else x
 
 
 def _same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:

@@ -84,14 +84,9 @@ def linear_logprob(
 
 
 def linear_logprob_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    saved: Saved,
+    grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, head: Head, targets: Tensor, saved: Saved,
     wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Implements ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
     weight = head.weight
     R, V = len(hidden), len(weight)
