@@ -1,6 +1,6 @@
 """Attention, decoding, sampling and log-probabilities for thoughts at every position of a text (Quiet-STaR).
 
-Dimension key, the only letters used in code, docstrings and errors:
+Dimension key, for code, docstrings and errors:
 
 =  ==========================================  =  ==========================================
 B  batch                                       M  packed rows, L + R
@@ -10,11 +10,12 @@ N  thoughts per anchor                         K  head width of queries and keys
 T  sampled tokens of a thought                 E  head width of values
 J  look-ahead: tokens predicted by a thought   D  model width
 S  rows per thought, T + J + 1                 V  vocabulary
-R  thought rows, P*N*S, r = (p*N + n)*S + s
+R  thought rows, P*N*S, r = (p*N + n)*S + s    W  window, in position ids
+C  branches; a grid has P*N
 =  ==========================================  =  ==========================================
 """
 
-from . import _first_use, check
+from . import _first_use, self_test
 from ._dispatch import backends
 from .cpu._library import cpu_library
 from .cuda._library import cuda_library
@@ -25,7 +26,7 @@ from .sample_token import sample_token
 from .thought_attention import thought_attention
 from .thought_decode import thought_decode
 
-_first_use.CASES.update(check.FIRST_USE)
+_first_use.CASES.update(self_test.FIRST_USE)
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, _dispatch, backends, check, cpu_library, cuda_library
+from . import __version__, _dispatch, backends, cpu_library, cuda_library, self_test
 from .cpu.products import cpu_products
 from .linear_logprob import default_keep_bytes
 
@@ -80,7 +80,7 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if not has_gpu:
         print("PyTorch finds no GPU here: this checks what runs on the CPU.")
     print(f"\n{name} ({device_name(name)})")
-    return 0 if check.check(device, wanted, ops) else 1
+    return 0 if self_test.check(device, wanted, ops) else 1
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ differentiate it, and its forward-mode derivatives are silently zero.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -70,6 +71,19 @@ def operator(
     return op
 
 
+def flat(record: type, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function that takes ``*arguments``: its schema has the fields of ``record``, a NamedTuple, and then ``more``."""
+
+    def with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=x) for name, x in (get_type_hints(record) | more).items()]
+        returned = get_type_hints(function)["return"]
+        function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+        return function
+
+    return with_signature
+
+
 class _WithFormula(MetaPathFinder):
     """Registers a formula when PyTorch's flop counter is imported, which imports Triton and so is slow to import here."""
 
@@ -92,11 +106,7 @@ class _WithFormula(MetaPathFinder):
 
 
 def _gradient(
-    op: OpOverload,
-    function: Callable[..., Any],
-    setup_context: SetupContext | None,
-    backward: Backward | None,
-    instead: str,
+    op: OpOverload, function: Callable[..., Any], setup_context: SetupContext | None, backward: Backward | None, instead: str
 ) -> type[torch.autograd.Function]:
     name, public = function.__name__.strip("_"), function.__module__.rpartition(".")[2]  # a module has one public op
 

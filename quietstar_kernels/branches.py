@@ -13,7 +13,7 @@ where end(c) is the row after the subtree of c's node. (Masks with one interval 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,27 @@ ANCHOR, START, LENGTH = range(3)  # columns of the table
 DEPTH, END, LEAF, PARENT = range(4)  # columns of the tree
 
 
-class Branches(NamedTuple):
+class Size:
+    """An attribute that is the size of a dimension of a tensor, another attribute."""
+
+    def __init__(self, tensor: str, dim: int) -> None:
+        self.tensor, self.dim = tensor, dim
+
+    def __get__(self, holder: Any, _: type | None = None) -> int:
+        size: int = getattr(holder, self.tensor).shape[self.dim]
+        return size
+
+
+class _Tensors(NamedTuple):
+    lo: Tensor
+    table: Tensor
+    of_row: Tensor
+    full: bool
+    tree: Tensor | None = None
+    path: Tensor | None = None
+
+
+class Branches(_Tensors):
     """Tensors on one device.
 
     Attributes:
@@ -40,28 +60,10 @@ class Branches(NamedTuple):
         path: int32 [B,R,2] if there is a tree, of each row: END of its node; how many rows are before it on its path.
     """
 
-    lo: Tensor
-    table: Tensor
-    of_row: Tensor
-    full: bool
-    tree: Tensor | None = None
-    path: Tensor | None = None
-
-    @property
-    def B(self) -> int:
-        return self.lo.shape[0]
-
-    @property
-    def L(self) -> int:
-        return self.lo.shape[1]
-
-    @property
-    def C(self) -> int:
-        return self.table.shape[1]
-
-    @property
-    def R(self) -> int:
-        return self.of_row.shape[1]
+    B = Size("lo", 0)
+    L = Size("lo", 1)
+    C = Size("table", 1)
+    R = Size("of_row", 1)
 
     @property
     def M(self) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .branches import ANCHOR, DEPTH, END, Branches, of_rows, tree_of
+from .branches import ANCHOR, DEPTH, END, Branches, Size, of_rows, tree_of
 from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, has_values, on_host, refuse_where
 
 OP = "ThoughtLayout"
@@ -44,7 +44,8 @@ class ThoughtLayout:
 
     They check values once.
 
-    A wrong value raises ValueError on a CPU. On a GPU, which nothing waits for, and under torch.compile an assertion fails.
+    Bad values raise ValueError on a CPU. On a GPU and under torch.compile they trip an assertion on the device, so that no call
+    waits for it.
 
     Attributes:
         anchor: int32 [B,P]. The text position of each anchor, ascending; unused places are at the end and hold -1.
@@ -89,21 +90,7 @@ class ThoughtLayout:
         if self._made is not None and not self._made.serves(self):
             object.__setattr__(self, "_made", None)
 
-    @property
-    def B(self) -> int:
-        return self.lo.shape[0]
-
-    @property
-    def L(self) -> int:
-        return self.lo.shape[1]
-
-    @property
-    def P(self) -> int:
-        return self.anchor.shape[1]
-
-    @property
-    def N(self) -> int:
-        return self.length.shape[2]
+    B, L, P, N = Size("lo", 0), Size("lo", 1), Size("anchor", 1), Size("length", 2)
 
     @property
     def S(self) -> int:

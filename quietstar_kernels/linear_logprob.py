@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,30 @@ default_keep_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined] 
 def _memory(device: torch.device) -> int:
     total: int = torch.cuda.get_device_properties(device).total_memory
     return total
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., temperature: float = ..., banned: Sequence[int] = ...,
+    return_entropy: Literal[False] = ..., backend: str = ..., *, keep_bytes: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., temperature: float = ..., banned: Sequence[int] = ...,
+    *, return_entropy: Literal[True], backend: str = ..., keep_bytes: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., temperature: float = ..., banned: Sequence[int] = ...,
+    return_entropy: bool = ..., backend: str = ..., *, keep_bytes: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def linear_logprob(
@@ -145,7 +169,8 @@ def _linear_logprob(
     return *states, *((kept, kept_rows) if keep else _nothing(hidden))
 
 
-def _fake(hidden, weight, targets, bias, scale, softcap, temperature, banned, return_entropy, keep, backend):
+def _fake(hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, keep, backend = options
     states = (hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden)) for _ in range(4))
     kept = _dispatch.module(_OP, backend).empty_kept(hidden, weight) if keep else _nothing(hidden)
     return *states, *kept
@@ -178,16 +203,17 @@ def _linear_logprob_backward(
     return dhidden, dweight, dbias
 
 
-def _fake_backward(grad_logprob, grad_entropy, hidden, weight, *arguments):
+def _fake_backward(grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple:
+    *_, wanted, _backend = rest
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, arguments[-2], strict=True))
+    return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
-def _flops(hidden, weight, *rest, out_shape=None) -> int:
+def _flops(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * hidden[0] * hidden[1] * weight[0]
 
 
-def _flops_backward(grad_logprob, grad_entropy, hidden, weight, *rest, out_shape=None) -> int:
+def _flops_backward(grad_logprob: Any, grad_entropy: Any, hidden: Any, weight: Any, *rest: Any, **_: Any) -> int:
     """Those of ``linear``; logits that were not kept are no useful product."""
     return sum(rest[-2][:2]) * _flops(hidden, weight)
 

@@ -33,7 +33,6 @@ def draw_words(counters: Tensor, blocks: Tensor, seed: int | Tensor) -> tuple[Te
     sequence, position, n, s = (counters.long() & _WORD).unbind(1)
     which = ((n << 16) + s) & _WORD
     words = philox(
-        (sequence[:, None], position[:, None], which[:, None], blocks.long()[None, :]),
-        (seed & _WORD, (seed >> 32) & _WORD),
+        (sequence[:, None], position[:, None], which[:, None], blocks.long()[None, :]), (seed & _WORD, (seed >> 32) & _WORD)
     )
     return words[0], words[1]

@@ -20,7 +20,7 @@ GROUPS = 8  # the draw inside a block takes one of 8 groups of 16 columns first
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``: it serves everything."""
+    """Implements ``_dispatch.why_not``: the reference serves everything."""
     return None
 
 
@@ -29,29 +29,16 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T, masked) v over the packed rows. Returns out [B,H,rows,E] and lse [B,H,rows]."""
     mask, live = _masks(branches, options.window, q.shape[2])
     return _masked_attention(wide(q), wide(k), wide(v), mask, live, options, q.dtype)
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and sinks: dS = p * (dO v^T - rowsum(dO * O) + dlse), then through the soft cap and the scale."""
     scale, window, softcap, sinks = options
     mask, live = _masks(branches, window, q.shape[2])
@@ -87,17 +74,9 @@ def thought_attention_backward(
 
 
 def thought_decode(
-    q: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    step: Tensor,
-    options: AttentionOptions,
-    tree: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
+    options: AttentionOptions, tree: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Row ``step`` of every branch, q [B,H,C,K], over the text and its own rows 0..step. Returns [B,H,C,E].
 
     lo [B,L], table [B,C,3] and tree are those of ``Branches``; k_own [B,G,C,S,K]. In a tree it also sees the parents' rows.
@@ -168,14 +147,9 @@ def linear_logprob(
 
 
 def linear_logprob_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    saved: Saved,
+    grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, head: Head, targets: Tensor, saved: Saved,
     wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of hidden, weight and bias, each None if it isn't ``wanted``."""
     weight = head.weight
     d = logprob_grad(final_logits(hidden, head), linear(hidden, head), targets, grad_logprob, grad_entropy, saved, head)
@@ -200,13 +174,7 @@ def final_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def logprob_grad(
-    logits: Tensor,
-    raw: Tensor,
-    targets: Tensor,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    saved: Saved,
-    head: Head,
+    logits: Tensor, raw: Tensor, targets: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, saved: Saved, head: Head
 ) -> Tensor:
     """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
     logp = logits - saved.largest[:, None] - saved.log_total[:, None]
@@ -295,13 +263,7 @@ def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    live: Tensor,
-    options: AttentionOptions,
-    dtype: torch.dtype,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, live: Tensor, options: AttentionOptions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of q [B,H,rows,K] over k [B,G,keys,K] with mask [B,rows,keys]; rows that are off give 0 and -inf."""
     scale, _, softcap, sinks = options

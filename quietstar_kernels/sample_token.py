@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,12 +98,12 @@ def _sample_token(
     return _dispatch.run("sample_token", backend, hidden, head, counters, seed)
 
 
-def _fake(hidden, weight, counters, seed, bias, scale, softcap, temperature, banned, backend):
+def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = hidden.shape[:1]
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, dtype=torch.float32)
 
 
-def _flops(hidden, weight, *rest, out_shape=None) -> int:
+def _flops(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * hidden[0] * hidden[1] * weight[0]
 
 

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._operator import call, operator
+from ._operator import call, flat, operator
 from ._options import AttentionOptions
 from .branches import Branches
 from .checks import FLOATS, Checker, check_attention, check_instance, under_autocast
 from .layout import ThoughtLayout
 
 _OP = "thought_attention"
+
+
+@overload
+def thought_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., query_rows: str = ...,
+    return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def thought_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., query_rows: str = ...,
+    *, return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def thought_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., sinks: Tensor | None = ..., query_rows: str = ...,
+    return_lse: bool = ..., backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def thought_attention(
@@ -78,85 +103,74 @@ def thought_attention(
     window = check.window(window)
     scale = q.shape[-1] ** -0.5 if scale is None else check.in_fp32("scale", check.positive("scale", scale))
     softcap = check.in_fp32("softcap", check.positive_or_none("softcap", softcap))
-    out, lse = call(
-        _forward,
-        q,
-        k,
-        v,
-        *layout.branches[:3],
-        layout.branches.tree,
-        layout.branches.path,
-        sinks,
-        layout.own == "full",
-        scale,
-        window,
-        softcap,
-        _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
-    )
+    branches = layout.branches
+    backend = _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"])
+    tensors = q, k, v, *branches[:3], branches.tree, branches.path, sinks
+    out, lse = call(_forward, *AttentionInputs(*tensors, branches.full, scale, window, softcap, backend))
     return (out, lse) if return_lse else out
 
 
-def _thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    of_row: Tensor,
-    tree: Tensor | None,
-    path: Tensor | None,
-    sinks: Tensor | None,
-    full: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    branches = Branches(lo, table, of_row, full, tree, path)
-    return _dispatch.run("thought_attention", backend, q, k, v, branches, AttentionOptions(scale, window, softcap, sinks))
+class AttentionInputs(NamedTuple):
+    """What the operator takes, in the order of its schema; see ``Branches`` and ``AttentionOptions``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lo: Tensor
+    table: Tensor
+    of_row: Tensor
+    tree: Tensor | None
+    path: Tensor | None
+    sinks: Tensor | None
+    full: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    backend: str
+
+    @property
+    def branches(self) -> Branches:
+        return Branches(self.lo, self.table, self.of_row, self.full, self.tree, self.path)
+
+    @property
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(self.scale, self.window, self.softcap, self.sinks)
 
 
-def _fake(q, k, v, lo, table, of_row, tree, path, sinks, full, scale, window, softcap, backend):
+@flat(AttentionInputs)
+def _thought_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x = AttentionInputs(*inputs)
+    out, lse = _dispatch.run(_OP, x.backend, x.q, x.k, x.v, x.branches, x.options)
+    return out, lse
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
 
 
-def _thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    of_row: Tensor,
-    tree: Tensor | None,
-    path: Tensor | None,
-    sinks: Tensor | None,
-    full: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    backend: str,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if q.numel() == 0:
-        dq, dk, dv, dsinks = (x.new_zeros(x.shape) for x in (q, k, v, q.new_empty(0) if sinks is None else sinks))
-        return dq, dk, dv, dsinks
-    branches = Branches(lo, table, of_row, full, tree, path)
-    options = AttentionOptions(scale, window, softcap, sinks)
-    grads = _dispatch.run("thought_attention_backward", backend, grad_out, q, k, v, out, lse, branches, options, grad_lse)
-    dq, dk, dv, dsinks = grads
-    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+@flat(AttentionInputs, out=Tensor, lse=Tensor, grad_out=Tensor, grad_lse=Tensor | None)
+def _thought_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, out, lse, grad_out, grad_lse = arguments
+    x = AttentionInputs(*inputs)
+    if x.q.numel() == 0:
+        return _as_tensors(*(None if y is None else y.new_zeros(y.shape) for y in (x.q, x.k, x.v, x.sinks)))
+    qkv = x.q, x.k, x.v
+    grads = _dispatch.run(f"{_OP}_backward", x.backend, grad_out, *qkv, out, lse, x.branches, x.options, grad_lse)
+    return _as_tensors(*grads)
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, lo, table, of_row, tree, path, sinks, *rest):
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = AttentionInputs(*arguments[: len(AttentionInputs._fields)])
+    return _as_tensors(*(None if y is None else y.new_empty(y.shape) for y in (x.q, x.k, x.v, x.sinks)))
 
 
-def _flops(q, k, v, lo, table, of_row, *rest, out_shape=None, products=(1, 1)) -> int:
+def _as_tensors(dq: Any, dk: Any, dv: Any, dsinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, with an empty tensor where there are no sinks: an operator returns tensors only."""
+    return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
+
+
+def _flops(q: Any, k: Any, v: Any, lo: Any, table: Any, of_row: Any, *_: Any, products: Any = (1, 1), **__: Any) -> int:
     """As PyTorch counts causal attention: all keys of the text for each row, and those of a branch of mean length.
 
     ``products``: how many have the width of keys, and how many that of values.
@@ -167,27 +181,23 @@ def _flops(q, k, v, lo, table, of_row, *rest, out_shape=None, products=(1, 1)) -
     return 2 * B * H * pairs * (products[0] * K + products[1] * v[3])
 
 
-def _flops_backward(grad_out, q, k, v, out, lse, *rest, out_shape=None) -> int:
-    """Scores again, and the gradients of q, k, v and the weights."""
-    return _flops(q, k, v, *rest, products=(3, 2))
-
-
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, lo, table, of_row, tree, path, sinks, *ctx.rest = inputs
+    tensors, ctx.rest = inputs[:9], inputs[9:]
     ctx.set_materialize_grads(False)  # no zeros for the lse
-    ctx.save_for_backward(q, k, v, *output, lo, table, of_row, tree, path, sinks)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    *tensors, out, lse = ctx.saved_tensors
+    inputs = AttentionInputs(*tensors, *ctx.rest)
     if grad_out is None and grad_lse is None:
-        return (None,) * (9 + len(ctx.rest))
-    q, k, v, out, *saved, sinks = ctx.saved_tensors
+        return (None,) * len(inputs)
     if grad_out is None:
         grad_out = out.new_zeros(out.shape)
-    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, *saved, sinks, *ctx.rest, grad_lse)
-    return dq, dk, dv, None, None, None, None, None, None if sinks is None else dsinks, *[None] * len(ctx.rest)
+    dq, dk, dv, dsinks = call(_backward, *inputs, out, lse, grad_out, grad_lse)
+    return dq, dk, dv, *[None] * 5, None if inputs.sinks is None else dsinks, *[None] * len(ctx.rest)
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"
-_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD, flops=_flops_backward)
+_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD, flops=partial(_flops, products=(3, 2)))
 _forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD, flops=_flops)

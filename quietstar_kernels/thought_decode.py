@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -128,11 +130,11 @@ def _thought_decode(
     return _dispatch.run("thought_decode", backend, q, k_text, v_text, k_own, v_own, lo, table, step, options, *trees)
 
 
-def _fake(q, k_text, v_text, k_own, v_own, lo, table, tree, step, sinks, scale, window, softcap, backend):
+def _fake(q: Tensor, k_text: Tensor, v_text: Tensor, *_: Any) -> Tensor:
     return q.new_empty((*q.shape[:3], v_text.shape[-1]))
 
 
-def _flops(q, k_text, v_text, k_own, *rest, out_shape=None) -> int:
+def _flops(q: Any, k_text: Any, v_text: Any, k_own: Any, *_: Any, **__: Any) -> int:
     """All keys of the text and of the thought's own rows."""
     B, H, rows, K = q
     return 2 * B * H * rows * (k_text[2] + k_own[3]) * (K + v_text[3])

@@ -9,5 +9,5 @@ import torch
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``."""
+    """Implements ``_dispatch.why_not``."""
     return None if device.type in ("cpu", "meta") else f"it serves tensors on cpu, these are on {device}"

@@ -29,7 +29,7 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def linear_logprob(
     hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob``."""
+    """Implements ``reference.linear_logprob``."""
     softmax = _Softmax(head)
     weight = softmax.weight
     R, V = len(hidden), len(weight)
@@ -47,15 +47,10 @@ def linear_logprob(
 
 
 def linear_logprob_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    saved: Saved,
+    grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, head: Head, targets: Tensor, saved: Saved,
     wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_backward``."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Implements ``reference.linear_logprob_backward``."""
     entropy, largest, log_total, kept, kept_rows = saved
     softmax = _Softmax(head)
     weight = softmax.weight
@@ -114,13 +109,7 @@ class _Softmax:
         entropy.copy_(log_total - gap.clamp_(min=LEAST).mul_(x).sum(-1) / total) if gaps is not None else entropy.zero_()
 
     def gradient(
-        self,
-        weights: Tensor,
-        targets: Tensor,
-        states: Tensor,
-        grad_logprob: Tensor,
-        grad_entropy: Tensor | None,
-        out: Tensor,
+        self, weights: Tensor, targets: Tensor, states: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, out: Tensor
     ) -> None:
         """Writes the gradient of the loss by hidden · weight to out, which may be the weights."""
         picked, entropy, largest, log_total = (state[:, None] for state in states)

@@ -13,7 +13,7 @@ from .products import multiply
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reference.sample_token``, a bounded number of rows at a time: a row's draw depends on its own counters alone."""
+    """Implements ``reference.sample_token``, some rows at a time: a row's draw depends only on its own counters."""
     ids = hidden.new_empty(len(hidden), dtype=torch.int64)
     logprob = hidden.new_empty(len(hidden), dtype=torch.float32)
     head = head._replace(weight=reference.wide(head.weight))

@@ -15,14 +15,8 @@ PARTS = 16  # of all heads together at least, for threads to share; a number tha
 TILE = 112  # query rows for which a part of its own is worth it
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.thought_attention``."""
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Implements ``reference.thought_attention``."""
     if not _library.serves(q.dtype):
         return plain.thought_attention(q, k, v, branches, options)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
@@ -34,17 +28,10 @@ def thought_attention(
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``."""
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Implements ``reference.thought_attention_backward``."""
     if not _library.serves(q.dtype):
         return plain.thought_attention_backward(grad_out, q, k, v, out, lse, branches, options, grad_lse)
     B, H, rows, K = q.shape

@@ -11,18 +11,10 @@ from .thought_attention import numbers, sinks, with_rows
 
 
 def thought_decode(
-    q: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    step: Tensor,
-    options: AttentionOptions,
-    tree: Tensor | None = None,
-) -> Tensor:
-    """As ``reference.thought_decode``."""
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
+    options: AttentionOptions, tree: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Implements ``reference.thought_decode``."""
     if not _library.serves(q.dtype):
         return plain.thought_decode(q, k_text, v_text, k_own, v_own, lo, table, step, options, tree)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))

@@ -9,14 +9,11 @@ import torch
 from . import _library, sample_token, thought_decode
 
 # By op, for a dtype and widths: None, or why it isn't served.
-SERVES: dict[str, Callable[..., str | None]] = {
-    "thought_decode": thought_decode.serves,
-    "sample_token": sample_token.serves,
-}
+SERVES: dict[str, Callable[..., str | None]] = {"thought_decode": thought_decode.serves, "sample_token": sample_token.serves}
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``."""
+    """Implements ``_dispatch.why_not``."""
     if op not in SERVES:
         return f"it has no kernel for {op}"
     reason = _library.why_not(device)

@@ -27,7 +27,7 @@ def serves(dtype: torch.dtype, **widths: int) -> str | None:
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reference.sample_token``, for what ``serves`` does not refuse."""
+    """Implements ``reference.sample_token``, for what ``serves`` does not refuse."""
     hidden, head = head.with_positive_scale(hidden)
     weight, bias, scale, softcap, temperature, banned = head
     R, V = len(hidden), len(weight)

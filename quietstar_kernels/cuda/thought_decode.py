@@ -30,7 +30,7 @@ def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
     options: AttentionOptions, tree: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As ``reference.thought_decode``, for what ``serves`` does not refuse."""
+    """Implements ``reference.thought_decode``, for what ``serves`` does not refuse."""
     scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L = k_text.shape[1:3]

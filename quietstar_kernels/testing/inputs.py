@@ -119,13 +119,7 @@ def _sinks(generator: torch.Generator, layout: ThoughtLayout, heads: int, stride
 
 
 def _heads(
-    generator: torch.Generator,
-    layout: ThoughtLayout,
-    heads: int,
-    rows: int,
-    width: int,
-    strided: bool,
-    dtype: torch.dtype,
+    generator: torch.Generator, layout: ThoughtLayout, heads: int, rows: int, width: int, strided: bool, dtype: torch.dtype
 ) -> Tensor:
     """[B,heads,rows,width]."""
     if not strided:

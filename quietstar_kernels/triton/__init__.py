@@ -12,7 +12,7 @@ AMD = ("gfx90a", "gfx942", "gfx950")  # others' registers are too few for the ti
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``. Does not import Triton."""
+    """Implements ``_dispatch.why_not``. Does not import Triton."""
     return _why_not(device, dtype)
 
 

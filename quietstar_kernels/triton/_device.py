@@ -1,9 +1,14 @@
 """What the kernels have in common: tiles of memory, what each row sees, and the steps of the softmax.
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under query head f % HG of the group.
+
+Records hold what belongs together. Of a launch's arguments, Triton specialises the numbers in one on their value, whatever
+``do_not_specialize`` says; so sizes are separate arguments there. With Triton 3.6 no function can return a record with a None.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,6 +17,102 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)  # a row's top before its first key: finite, so that nothing is inf - inf
 FAR = tl.constexpr(1 << 30)  # after every row
+
+
+class Stride(NamedTuple):
+    """Strides of a tensor [B,heads,rows,width], or c of [B,heads,C,rows,width]; the last is 1."""
+
+    b: Any
+    h: Any
+    m: Any
+    c: Any = None
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for, each a ``tl.constexpr``: the widths of keys and values, also padded, the PRECISION of
+    ``tl.dot``, and the blocks of a ``Config``, 0 in kernels that have none.
+    """
+
+    K: Any
+    E: Any
+    BLOCK_K: Any
+    BLOCK_E: Any
+    PRECISION: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    SLICES: Any
+    BLOCK_EDGE: Any = tl.constexpr(0)
+    CAREFUL: Any = tl.constexpr(0)
+
+
+class Layout(NamedTuple):
+    """Pointers to the tensors of ``Branches`` for one batch row: lo [L], table [C,3], of_row [R], and in a tree tree [C,4] and
+    path [R,2], else None.
+    """
+
+    lo: Any
+    table: Any
+    of_row: Any
+    tree: Any
+    path: Any
+
+
+class Sizes(NamedTuple):
+    """L, M = L + R, and the options of the attention; ``window`` and ``softcap`` may be None."""
+
+    L: Any
+    M: Any
+    window: Any
+    scale: Any
+    softcap: Any
+
+
+class Seen(NamedTuple):
+    """What the packed rows of a tile see, [rows] each.
+
+    A row that is ``on`` sees text first..last, of which a window leaves position ids from ``oldest`` on, and packed rows
+    own_first..own_last of its own branch. A text row's own range is empty, from m + 1 to m. In a tree, own_first is a row of
+    the path instead, and a row sees none after own_last: see ``keys_of_node``.
+    """
+
+    first: Any
+    last: Any
+    own_first: Any
+    own_last: Any
+    oldest: Any
+    on: Any
+
+
+class Keys(NamedTuple):
+    """Where a kernel of the queries reads keys and values: pointers to the first row of a head, and strides from row to row."""
+
+    k: Any
+    v: Any
+    stride_k: Any
+    stride_v: Any
+
+
+class Limits(NamedTuple):
+    """Keys of a tile. No row that is on sees keys outside start..final; all see all_from..all_to, which may be empty."""
+
+    start: Any
+    all_from: Any
+    all_to: Any
+    final: Any
+
+
+class Blocks(NamedTuple):
+    """The blocks that cover a ``Limits``.
+
+    From ``start`` there are ``before`` blocks of BLOCK_EDGE that only some rows see, then ``full`` blocks of BLOCK_N that all
+    rows that are on see, then ``edges - before`` blocks of BLOCK_EDGE. Without full blocks these are one run, so that few keys
+    take as few blocks as hold them.
+    """
+
+    start: Any
+    before: Any
+    full: Any
+    edges: Any
 
 
 @triton.jit
@@ -82,14 +183,9 @@ def divide(first, i, by):
 
 
 @triton.jit
-def seen_by(m, inside, lo, table, of_row, tree, L, full, window):
-    """Packed rows m, int32 [BLOCK], where ``inside``: (first, last, own_first, own_last, oldest, on).
-
-    A row that is on sees text first..last, of which a window leaves position ids from ``oldest`` on, and packed rows
-    own_first..own_last of its own branch. A text row's own range is empty, from m + 1 to m. In a tree, own_first is a row of
-    the path instead, and a row sees none after own_last: see ``keys_of_node``. lo [L], table [C,3], of_row [R] and tree [C,4]
-    are those of one batch row.
-    """
+def seen_by(m, inside, layout, L, full, window):
+    """``Seen`` of packed rows m, int32 [rows], where ``inside``."""
+    lo, table, of_row, tree, _ = layout
     is_text = m < L
     branch = tl.load(of_row + (m - L), mask=inside & (m >= L), other=-1).to(tl.int64)
     in_branch = branch >= 0
@@ -113,7 +209,7 @@ def seen_by(m, inside, lo, table, of_row, tree, L, full, window):
         own_first = tl.maximum(own_first, m - window + 1)
     if tree is not None:
         own_first = tl.maximum(row + 1 - window, 0) if window is not None else row * 0
-    return first, last, own_first, own_last, oldest, on
+    return Seen(first, last, own_first, own_last, oldest, on)
 
 
 @triton.jit
@@ -124,35 +220,36 @@ def first_node(m, on, of_row, L):
 
 
 @triton.jit
-def keys_of_node(node, near, own_first, own_last, table, tree, L):
-    """Packed rows first..last, [BLOCK] each, that a tile's rows see of a node on the path of the first of them, and its parent.
+def keys_of_node(node, near, seen, layout, L):
+    """Packed rows first..last, [rows] each, that a tile's rows see of a node on the path of the first of them, and its parent.
 
     All that a row of the tile sees is on that path or, being of a later node, in the tile: so if ``near``, for the node of the
     tile's first row, the last is the row's own. Keys between may be of nodes that are not on its path: see ``on_path``.
     """
     there = node >= 0
+    _, table, _, tree, _ = layout
     begin = tl.load(table + node * 3 + 1, mask=there, other=0)
     stop = begin + tl.load(table + node * 3 + 2, mask=there, other=0)
     depth = tl.load(tree + node * 4, mask=there, other=FAR)
     end = tl.load(tree + node * 4 + 1, mask=there, other=0)
     begin, end = tl.where(there, begin + L, FAR), tl.where(there, end + L, FAR)
-    last = tl.minimum(own_last, tl.where(near, FAR, stop + L) - 1)
-    first = tl.where(own_last < end, begin + tl.maximum(own_first - depth, 0), end)
+    last = tl.minimum(seen.own_last, tl.where(near, FAR, stop + L) - 1)
+    first = tl.where(seen.own_last < end, begin + tl.maximum(seen.own_first - depth, 0), end)
     return tl.minimum(first, last + 1), last, tl.load(tree + node * 4 + 3, mask=there, other=-1)
 
 
 @triton.jit
-def on_path(n, own_first, own_last, path, L, M, WINDOW: tl.constexpr):
-    """Whether keys n [keys] are on the paths of rows that see none before ``own_first`` and after ``own_last``, [rows,keys].
+def on_path(n, seen, path, sizes):
+    """[rows,keys]: whether keys n [keys] are on the paths of the rows, whose ends ``seen`` holds. True for keys of the text.
 
-    True for keys of the text. path [R,2] is that of the batch row.
+    path [R,2] is that of the batch row.
     """
-    own = (n >= L) & (n < M)
-    path += (n - L) * 2
-    seen = (tl.load(path, mask=own, other=FAR) + L)[None, :] > own_last[:, None]
-    if WINDOW:
-        seen &= tl.load(path + 1, mask=own, other=FAR)[None, :] >= own_first[:, None]
-    return seen
+    own = (n >= sizes.L) & (n < sizes.M)
+    path += (n - sizes.L) * 2
+    on = (tl.load(path, mask=own, other=FAR) + sizes.L)[None, :] > seen.own_last[:, None]
+    if sizes.window is not None:
+        on &= tl.load(path + 1, mask=own, other=FAR)[None, :] >= seen.own_first[:, None]
+    return on
 
 
 @triton.jit
@@ -187,24 +284,22 @@ def tile_rows_again(zero, flat, begin, end, HG, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def bounds(first, last, on):
-    """Of rows that see the keys first..last, [BLOCK] each: (start, all_from, all_to, final).
-
-    No row that is on sees keys outside start..final; all of them see all_from..all_to, which may be empty.
-    """
+    """The ``Limits`` of rows that see the keys first..last, [rows] each."""
     sees = on & (first <= last)
     start = tl.min(tl.where(sees, first, FAR), 0)
     all_from = tl.max(tl.where(sees, first, 0), 0)
     all_to = tl.min(tl.where(sees, last, tl.where(on, -1, FAR)), 0)
     final = tl.max(tl.where(sees, last, -1), 0)
-    return start, all_from, all_to, final
+    return Limits(start, all_from, all_to, final)
 
 
 @triton.jit
-def window_bounds(start, all_from, final, oldest, on, lo):
-    """``start`` and ``all_from`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
+def window_bounds(limits, oldest, on, lo):
+    """The same ``Limits`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
 
     Position ids n - lo[n] need not ascend, so all of the text is checked.
     """
+    start, all_from, all_to, final = limits
     lowest = tl.min(tl.where(on, oldest, FAR), 0)
     highest = tl.max(tl.where(on, oldest, -FAR), 0)
     begin = tl.maximum(start, lowest)  # no position has an id above itself
@@ -215,28 +310,26 @@ def window_bounds(start, all_from, final, oldest, on, lo):
         position = n - tl.load(lo + n, mask=n <= final, other=0)
         start = tl.minimum(start, tl.min(tl.where((n <= final) & (position >= lowest), n, FAR), 0))
         all_from = tl.maximum(all_from, tl.max(tl.where((n <= final) & (position < highest), n + 1, 0), 0))
-    return start, all_from
+    return Limits(start, all_from, all_to, final)
 
 
 @triton.jit
-def cover(start, all_from, all_to, final, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
-    """Blocks of keys for ``bounds``: (before, full, edges).
-
-    From ``start`` there are ``before`` blocks of BLOCK_EDGE that only some rows see, then ``full`` blocks of BLOCK_N that all
-    rows that are on see, then ``edges - before`` blocks of BLOCK_EDGE. Without full blocks these are one run, so that few keys
-    take as few blocks as hold them.
-    """
+def cover(limits, tile):
+    """The ``Blocks`` of a ``Limits``."""
+    start, all_from, all_to, final = limits
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    BLOCK_EDGE: tl.constexpr = tile.BLOCK_EDGE
     before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
     full_start = start + before * BLOCK_EDGE
     full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
     after = tl.cdiv(tl.maximum(final + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
-    return before, full, before + after
+    return Blocks(start, before, full, before + after)
 
 
 @triton.jit
-def edge_block(j, start, before, full, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+def edge_block(j, blocks, tile):
     """First key of block ``j`` of those that ``cover`` counts as edges."""
-    return start + j * BLOCK_EDGE + tl.where(j < before, 0, full * BLOCK_N)
+    return blocks.start + j * tile.BLOCK_EDGE + tl.where(j < blocks.before, 0, blocks.full * tile.BLOCK_N)
 
 
 @triton.jit
@@ -262,15 +355,16 @@ def slices(x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, factor, top, total, acc):
-    """Weights of new scores, which times ``factor`` are in units of log 2, and the updated top, total and acc.
+def softmax_step(s, values, factor, top, total, acc, PRECISION: tl.constexpr):
+    """``top``, ``total`` and ``acc`` after more keys, of scores s [rows,keys], times ``factor`` in units of log 2, and values.
 
     The sum of a row's weights so far is ``total`` times 2^top, and its weighted sum of values is ``acc`` times 2^top.
     """
     new_top = tl.maximum(top, tl.max(s, 1) * factor)
     p = tl.exp2(s * factor - new_top[:, None])
     decay = tl.exp2(top - new_top)
-    return p, new_top, total * decay + tl.sum(p, 1), acc * decay[:, None]
+    total, acc = total * decay + tl.sum(p, 1), acc * decay[:, None]
+    return new_top, total, tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -30,8 +30,12 @@ class Config:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
+        return self.blocks | self.compiler()
+
+    def compiler(self) -> dict[str, Any]:
+        """Those for the compiler."""
         chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return self.blocks | chosen | ({} if self.maxnreg is None else {"maxnreg": self.maxnreg})
+        return chosen | ({} if self.maxnreg is None else {"maxnreg": self.maxnreg})
 
 
 def target() -> str:

@@ -48,7 +48,7 @@ def empty_kept(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def linear_logprob(
     hidden: Tensor, head: Head, targets: Tensor, return_entropy: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob``."""
+    """Implements ``reference.linear_logprob``."""
     weight = head.weight
     R, V = len(hidden), len(weight)
     shift, factors = _shift(head), _factors(head)
@@ -65,24 +65,14 @@ def linear_logprob(
         for rows in _slices(R, height):
             x = product(hidden[rows], weight[ids].T, logits[: rows.stop - rows.start, : ids.stop - ids.start])
             _online_softmax[triton.cdiv(len(x), config.blocks["BLOCK_R"]),](
-                x,
-                shift[ids.start :],
-                targets[rows],
-                largest[rows],
-                total[rows],
-                None if weighted is None else weighted[rows],
-                picked[rows],
+                x, shift[ids.start :], targets[rows], largest[rows], total[rows],
+                None if weighted is None else weighted[rows], picked[rows],
                 None if kept is None else kept[rows, ids.start :],
                 None if tops is None else tops[rows, ids.start // _span(V) :],
-                ids.start,
-                len(x),
-                _aligned(x.shape[1]),
-                x.stride(0),
-                0 if kept is None else kept.stride(0),
-                0 if tops is None else tops.stride(0),
-                *factors,
-                **config.options(),
-            )
+                ids.start, len(x), _aligned(x.shape[1]), x.stride(0),
+                0 if kept is None else kept.stride(0), 0 if tops is None else tops.stride(0),
+                *factors, **config.options(),
+            )  # fmt: skip
     log_total = total.log()
     picked.sub_(largest).sub_(log_total)
     logprob = torch.where(targets == -100, 0, picked)
@@ -94,15 +84,10 @@ def linear_logprob(
 
 
 def linear_logprob_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    saved: Saved,
+    grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, head: Head, targets: Tensor, saved: Saved,
     wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Implements ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
     weight = head.weight
     R, V = len(hidden), len(weight)
     shift, factors = _shift(head), _factors(head)
@@ -125,26 +110,12 @@ def linear_logprob_backward(
                 x = kept[rows, ids]
             padded = _aligned(x.shape[1])
             _logits_gradient[triton.cdiv(len(x), config.blocks["BLOCK_R"]), triton.cdiv(padded, config.blocks["BLOCK_V"])](
-                x,
-                shift[ids.start :],
-                targets[rows],
-                entropy[rows],
-                largest[rows],
-                log_total[rows],
-                None if kept_rows is None else kept_rows[rows],
-                grad_logprob[rows],
-                None if grad_entropy is None else grad_entropy[rows],
-                d[rows],
-                ids.start,
-                len(x),
-                padded,
-                x.stride(0),
-                0 if kept_rows is None else kept_rows.stride(0),
-                d.stride(0),
-                *factors,
-                SPAN=_span(V),
-                **config.options(),
-            )
+                x, shift[ids.start :], targets[rows], entropy[rows], largest[rows], log_total[rows],
+                None if kept_rows is None else kept_rows[rows], grad_logprob[rows],
+                None if grad_entropy is None else grad_entropy[rows], d[rows],
+                ids.start, len(x), padded, x.stride(0), 0 if kept_rows is None else kept_rows.stride(0), d.stride(0),
+                *factors, SPAN=_span(V), **config.options(),
+            )  # fmt: skip
         if dhidden is not None:
             add_product(dhidden, d, weight[ids])
         if dweight is not None:

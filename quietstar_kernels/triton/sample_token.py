@@ -34,7 +34,7 @@ TINY = tl.constexpr(1e-30)
 
 
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reference.sample_token``."""
+    """Implements ``reference.sample_token``."""
     hidden, head = head.with_positive_scale(hidden)
     weight, bias, scale, softcap, temperature, banned = head
     R, V = hidden.shape[0], weight.shape[0]

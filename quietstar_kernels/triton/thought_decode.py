@@ -23,6 +23,8 @@ from ._device import (
     FAR,
     LOG2_E,
     LOWEST,
+    Limits,
+    Stride,
     bounds,
     cover,
     divide,
@@ -39,16 +41,8 @@ from ._device import (
     window_bounds,
     without_poison,
 )
-from ._launch import Launch, Plan, cdiv, key_tiles, near, padded, pairs_together, plan
-from .configs import (
-    THOUGHT_DECODE,
-    THOUGHT_DECODE_OPTIONS,
-    THOUGHT_DECODE_SUM,
-    THOUGHT_DECODE_TREE,
-    Config,
-    dot_precision,
-    pick,
-)
+from ._launch import Launch, Plan, cdiv, key_tiles, near, pairs_together, plan, tile_of
+from .configs import THOUGHT_DECODE, THOUGHT_DECODE_OPTIONS, THOUGHT_DECODE_SUM, THOUGHT_DECODE_TREE, Config, pick
 
 SMALLEST_PART = 4  # blocks of keys, enough to load one during the work on another
 
@@ -57,7 +51,7 @@ def thought_decode(
     q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
     options: AttentionOptions, tree: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As ``reference.thought_decode``."""
+    """Implements ``reference.thought_decode``."""
     scale, window, softcap, sinks = options
     B, H, thoughts, K = q.shape
     G, L, E = v_text.shape[1:]
@@ -82,11 +76,11 @@ def thought_decode(
     k_full, v_full = key_tiles(k_text, v_text, config, known, "BLOCK_N")
 
     def prepare() -> Launch:
-        strides = *q.stride()[:3], *k_text.stride()[:3], *v_text.stride()[:3], *k_own.stride()[:4], *v_own.stride()[:4]
+        strides = [Stride(*x.stride()[:3]) for x in (q, k_text, v_text)]
+        strides += [Stride(x.stride(0), x.stride(1), x.stride(3), x.stride(2)) for x in (k_own, v_own)]
         together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
-        numbers = *strides, B, G, together, H // G, L, thoughts, window, scale, softcap
-        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
-        return Launch(_decode, (tiles, splits), numbers, constants)
+        numbers = tuple(strides), B, G, together, H // G, L, thoughts, window, scale, softcap
+        return Launch(_decode, (tiles, splits), numbers, {"tile": tile_of(config, K, E)})
 
     tensors = q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, *layout, step, out, parts
     known.launch("decode", config, tensors, prepare)
@@ -130,23 +124,21 @@ def add_parts(parts: Tensor, splits: int, out: Tensor, known: Plan) -> None:
     do_not_specialize_on_alignment=["sinks", "lo", "table", "tree", "step"],
 )
 def _decode(
-    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, lo, table, tree, step, out, parts,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
-    stride_kob, stride_kog, stride_kot, stride_kos, stride_vob, stride_vog, stride_vot, stride_vos,
-    B, G, together, HG, L, thoughts, window, scale, softcap,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    q, k_text, v_text, k_full, v_full, k_own, v_own, sinks, lo, table, tree, step, out, parts, strides,
+    B, G, together, HG, L, thoughts, window, scale, softcap, tile,
 ):  # fmt: skip
+    stride_q, stride_k, stride_v, own_k, own_v = strides
+    BLOCK_M: tl.constexpr = tile.BLOCK_M
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    BLOCK_EDGE: tl.constexpr = tile.BLOCK_EDGE
     pair, turn = taking_turns(B * G, together)
     b, g = pair // G, pair % G
-    tile = tl.num_programs(0) // (B * G) - 1 - turn  # those that see the most text come first
     split, splits = tl.program_id(1), tl.num_programs(1)
-    flat = tile * BLOCK_M
+    flat = (tl.num_programs(0) // (B * G) - 1 - turn) * BLOCK_M  # tiles that see the most text come first
     thought, head, inside = tile_rows(flat, 0, thoughts, HG, BLOCK_M)
-    q += far(b, stride_qb) + far(g * HG, stride_qh)
-    k_own += far(b, stride_kob) + far(g, stride_kog)
-    v_own += far(b, stride_vob) + far(g, stride_vog)
+    q += far(b, stride_q.b) + far(g * HG, stride_q.h)
+    k_own += far(b, own_k.b) + far(g, own_k.h)
+    v_own += far(b, own_v.b) + far(g, own_v.h)
 
     now = tl.load(step).to(tl.int32)
     table += far(b, thoughts) * 3
@@ -161,7 +153,8 @@ def _decode(
         tree += far(b, thoughts) * 4
         row = now + tl.load(tree + far(thought, 4), mask=inside, other=0)
 
-    queries = load_tile(q, far(head, stride_qh) + far(thought, stride_qt), inside, K, BLOCK_K)
+    offsets = far(head, stride_q.h) + far(thought, stride_q.m)
+    queries = load_tile(q, offsets, inside, tile.K, tile.BLOCK_K)  # [BLOCK_M, BLOCK_K]
     factor = scale * LOG2_E if softcap is None else LOG2_E
     if sinks is None:
         top = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -174,19 +167,20 @@ def _decode(
 
     lo += far(b, L)
     first = tl.load(lo + last, mask=on, other=0)
-    start, all_from, all_to, final = bounds(first, last, on)
+    limits = bounds(first, last, on)
     if window is not None:
         oldest = last - first + row + 2 - window  # position id
-        start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
+        limits = window_bounds(limits, oldest, on, lo)
+    start, all_from, all_to, final = limits
     part = tl.cdiv(tl.cdiv(tl.maximum(final + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part
     final = tl.minimum(final, start + part - 1)
     last = tl.minimum(last, final)
-    before, full, edges = cover(start, tl.minimum(all_from, final + 1), tl.minimum(all_to, final), final, BLOCK_N, BLOCK_EDGE)
+    text = cover(Limits(start, tl.minimum(all_from, final + 1), tl.minimum(all_to, final), final), tile)
     own = tl.where((split == 0) & (tl.max(last, 0) >= 0), now + 1 - own_first, 0)  # of each thought, in the first part
-    k_text += far(b, stride_kb) + far(g, stride_kg)
-    v_text += far(b, stride_vb) + far(g, stride_vg)
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    k_text += far(b, stride_k.b) + far(g, stride_k.h)
+    v_text += far(b, stride_v.b) + far(g, stride_v.h)
+    acc = tl.zeros([BLOCK_M, tile.BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_EDGE)
     # The own rows of the tile's thoughts make one sequence of keys, thought after thought.
     first_thought = flat // HG
@@ -195,14 +189,13 @@ def _decode(
         n = j * BLOCK_EDGE + i
         of, at = divide(j * BLOCK_EDGE, i, tl.maximum(own, 1))
         of, at = (first_thought + of).to(tl.int64), (own_first + at).to(tl.int64)
-        keys = load_tile(k_own, of * stride_kot + at * stride_kos, n < own_keys, K, BLOCK_K)
-        values = load_tile(v_own, of * stride_vot + at * stride_vos, n < own_keys, E, BLOCK_E)
+        keys = load_tile(k_own, of * own_k.c + at * own_k.m, n < own_keys, tile.K, tile.BLOCK_K)  # [BLOCK_EDGE, BLOCK_K]
+        values = load_tile(v_own, of * own_v.c + at * own_v.m, n < own_keys, tile.E, tile.BLOCK_E)  # [BLOCK_EDGE, BLOCK_E]
         values, poison = without_poison(values)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        s = scores(queries, keys, scale, softcap, tile.SLICES, tile.PRECISION)  # [BLOCK_M, BLOCK_EDGE]
         seen = in_range(n[None, :], ((thought - first_thought) * own)[:, None], own)
         s = tl.where(seen, s + poison[None, :], -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        top, total, acc = softmax_step(s, values, factor, top, total, acc, tile.PRECISION)
 
     if tree is not None:
         # All rows of the nodes above: those before the last of the tile, and from its first thought on those it goes on from.
@@ -217,43 +210,40 @@ def _decode(
             begin = depth * 0 if window is None else tl.maximum(lowest + 1 - window - depth, 0)
             for j in tl.range(tl.cdiv(tl.where(others > 0, rows - begin, 0), BLOCK_EDGE)):
                 n = begin + j * BLOCK_EDGE + i
-                keys = load_tile(k_own + far(node, stride_kot), far(n, stride_kos), n < rows, K, BLOCK_K)
-                values = load_tile(v_own + far(node, stride_vot), far(n, stride_vos), n < rows, E, BLOCK_E)
+                keys = load_tile(k_own + far(node, own_k.c), far(n, own_k.m), n < rows, tile.K, tile.BLOCK_K)
+                values = load_tile(v_own + far(node, own_v.c), far(n, own_v.m), n < rows, tile.E, tile.BLOCK_E)
                 values, poison = without_poison(values)
-                s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+                s = scores(queries, keys, scale, softcap, tile.SLICES, tile.PRECISION)  # [BLOCK_M, BLOCK_EDGE]
                 seen = (on & in_range(below, after, others))[:, None] & (n < rows)[None, :]
                 if window is not None:
                     seen &= (n + depth)[None, :] > (row - window)[:, None]
                 s = tl.where(seen, s + poison[None, :], -float("inf"))
-                p, top, total, acc = softmax_step(s, factor, top, total, acc)
-                acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+                top, total, acc = softmax_step(s, values, factor, top, total, acc, tile.PRECISION)
             node = tl.where(node > first_thought, node - 1, tl.load(tree + far(node, 4) + 3))
 
     # Without this step, ptxas makes each product of some variants wait for the one before (C7515).
     acc = tl.where(on[:, None], acc, 0.0)
     count = tl.maximum(last - first + 1, 0)
-    for j in tl.range(edges):
-        n0 = edge_block(j, start, before, full, BLOCK_N, BLOCK_EDGE)
+    for j in tl.range(text.edges):
+        n0 = edge_block(j, text, tile)
         n = n0 + i
         # By pointer: these blocks are few, and a descriptor takes a microsecond of host time.
-        keys = load_tile(k_text + far(n0, stride_kl), i * stride_kl, n <= final, K, BLOCK_K)
-        values = load_tile(v_text + far(n0, stride_vl), i * stride_vl, n <= final, E, BLOCK_E)
+        keys = load_tile(k_text + far(n0, stride_k.m), i * stride_k.m, n <= final, tile.K, tile.BLOCK_K)
+        values = load_tile(v_text + far(n0, stride_v.m), i * stride_v.m, n <= final, tile.E, tile.BLOCK_E)
         values, poison = without_poison(values)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
+        s = scores(queries, keys, scale, softcap, tile.SLICES, tile.PRECISION)  # [BLOCK_M, BLOCK_EDGE]
         seen = in_range(n[None, :], first[:, None], count[:, None])
         if window is not None:
             seen &= (n - tl.load(lo + n, mask=n <= final, other=0))[None, :] >= oldest[:, None]
         s = tl.where(seen, s + poison[None, :], -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        top, total, acc = softmax_step(s, values, factor, top, total, acc, tile.PRECISION)
 
-    for j in tl.range(full):
-        n0 = start + before * BLOCK_EDGE + j * BLOCK_N
-        keys = load_rows(k_full, k_text, b, g, n0, stride_kl, final + 1, BLOCK_N, K, BLOCK_K)
-        values = load_rows(v_full, v_text, b, g, n0, stride_vl, final + 1, BLOCK_N, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    for j in tl.range(text.full):
+        n0 = text.start + text.before * BLOCK_EDGE + j * BLOCK_N
+        keys = load_rows(k_full, k_text, b, g, n0, stride_k.m, final + 1, BLOCK_N, tile.K, tile.BLOCK_K)
+        values = load_rows(v_full, v_text, b, g, n0, stride_v.m, final + 1, BLOCK_N, tile.E, tile.BLOCK_E)
+        s = scores(queries, keys, scale, softcap, tile.SLICES, tile.PRECISION)  # [BLOCK_M, BLOCK_N]
+        top, total, acc = softmax_step(s, values, factor, top, total, acc, tile.PRECISION)
 
     acc = tl.where(on[:, None], acc, 0.0)
     total = tl.where(on, total + tl.sum(acc * 0.0, 1), 1.0)  # where an infinity was seen, all of the row becomes NaN
@@ -264,11 +254,11 @@ def _decode(
     row = head * thoughts + thought
     pair_row = far(split * B * G + pair, HG * thoughts)
     if splits == 1:
-        store_tile(out + pair_row * E, far(row, E), inside, acc / total[:, None], E, BLOCK_E)
+        store_tile(out + pair_row * tile.E, far(row, tile.E), inside, acc / total[:, None], tile.E, tile.BLOCK_E)
     else:
-        store_tile(parts + pair_row * E, far(row, E), inside, acc, E, BLOCK_E)
+        store_tile(parts + pair_row * tile.E, far(row, tile.E), inside, acc, tile.E, tile.BLOCK_E)
         rows = far(splits * B * G, HG * thoughts)
-        parts += rows * E + pair_row
+        parts += rows * tile.E + pair_row
         tl.store(parts + row, tl.where(on, top, 0.0), mask=inside)
         tl.store(parts + rows + row, total, mask=inside)
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 import emulated
 import quick
 
-from quietstar_kernels import _dispatch, _first_use, check
+from quietstar_kernels import _dispatch, _first_use, self_test
 from quietstar_kernels.cpu import _library as cpu_library
 from quietstar_kernels.cpu import products
 from quietstar_kernels.cuda import _library
@@ -158,7 +158,7 @@ def tries(monkeypatch, tmp_path):
     tried = []
     right = _first_use._try
     monkeypatch.setattr(_first_use, "TYPES", ("cpu",))
-    monkeypatch.setattr(check, "TEXT", 24)
+    monkeypatch.setattr(self_test, "TEXT", 24)
     monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
     monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))

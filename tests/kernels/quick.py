@@ -10,9 +10,7 @@ LONG_TESTS = {
         "gradcheck": ["documents-{}", "ragged-{'window': 2}", "full-{'softcap': 1.5}"]
         + ["left padding-{'window': 3, 'softcap': 2.0, 'query_rows': 'thoughts', 'scale': 0.7}"],
     },
-    "sample_token": {
-        "chi_square": ["{}-200", "{'scale': 0.5, 'softcap': 3.0, 'temperature': 2.0, 'banned': (0, 5)}-333"],
-    },
+    "sample_token": {"chi_square": ["{}-200", "{'scale': 0.5, 'softcap': 3.0, 'temperature': 2.0, 'banned': (0, 5)}-333"]},
     "branches": {"long_branches": ["causal-{'window': 70}", "full-{'window': 7, 'softcap': 2.0}"]},
 }
 

@@ -48,10 +48,7 @@ ATTENTION = [
     ({"layout": LAYOUT.to("meta")}, "q must be on meta like layout, got cpu"),
     ({"k": zeros(2, 3, 11, 8), "v": zeros(2, 3, 11, 6)}, "H must be a multiple of G, got H=4 in q, G=3 in k"),
     ({"k": zeros(2, 0, 11, 8), "v": zeros(2, 0, 11, 6)}, "H must be a multiple of G, got H=4 in q, G=0 in k"),
-    (
-        {"q": zeros(2, 4, 11, 257), "k": zeros(2, 2, 11, 257)},
-        "head width K must be from 1 to 256, got 257",
-    ),
+    ({"q": zeros(2, 4, 11, 257), "k": zeros(2, 2, 11, 257)}, "head width K must be from 1 to 256, got 257"),
     ({"v": zeros(2, 2, 11, 257)}, "head width E must be from 1 to 256, got 257"),
     ({"q": column_major(zeros(2, 4, 11, 8))}, "q must have a last stride of 1, got strides [352, 88, 1, 11]"),
     ({"window": 0}, "window must be None or an integer of at least 1, got 0"),

@@ -53,10 +53,7 @@ PLAIN = {
     lse: (Q, lambda x: plain_attention(**(ATTENTION | {"q": x}), layout=LAYOUT)[1]),
     logprob: (HIDDEN, lambda x: plain_logprob(**(HEAD | {"hidden": x}))[0]),
 }
-NO_DERIVATIVE = {
-    decode: (DECODE["q"], "thought_decode has no "),
-    sampled: (HIDDEN, "sample_token has no "),
-}
+NO_DERIVATIVE = {decode: (DECODE["q"], "thought_decode has no "), sampled: (HIDDEN, "sample_token has no ")}
 
 
 def two(x):

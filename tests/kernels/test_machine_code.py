@@ -21,19 +21,6 @@ def loop(wait_for_copies="DEPBAR.LE SB0, 0x1", first="RZ, !UPT", between="NOP"):
     return only
 
 
-def test_instructions_and_products():
-    assert loop().instructions == 8
-    assert loop().hgmma == 2
-
-
-def test_what_an_iteration_takes_of_each_unit():
-    assert loop().multiplications == 2 * 64 * 128 * 16 // 4  # a warp's share of its group's
-    assert loop().shared == 2 * 16 * (64 + 128 + 128) // 4 + 32 * 8  # the second product has its first factor in registers
-    assert (loop().exponentials, loop().stops) == (0, 1)
-    assert loop(between="MUFU.EX2 R4, R4").exponentials == 1
-    assert loop(between="BAR.SYNC.DEFER_BLOCKING 0x0").stops == 2
-
-
 def test_products_that_wait_for_the_one_before():
     assert loop().serialised == 0
     assert loop(between="WARPGROUP.DEPBAR.LE gsb0, 0x0").serialised == 1

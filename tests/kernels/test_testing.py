@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from quietstar_kernels.testing import (
-    LAYOUT_KINDS,
-    assert_close_as_plain,
-    assert_op_close_as_plain,
-    random_layout,
-)
+from quietstar_kernels.testing import LAYOUT_KINDS, assert_close_as_plain, assert_op_close_as_plain, random_layout
 
 TRUTH = torch.tensor([[1.0, -2.0], [0.0, -torch.inf]], dtype=torch.float64)
 

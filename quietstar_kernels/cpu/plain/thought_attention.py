@@ -39,14 +39,8 @@ SCORES = 2**18  # of own rows at a time: 1 MB of fp32, which fits a core's cache
 FEWEST_ROWS = 32  # of a block, however long the branch
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.thought_attention``."""
+def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Implements ``reference.thought_attention``."""
     G, L = k.shape[1], branches.L
     out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=wide(q[:0]).dtype)
     lse = out.new_empty(q.shape[:3])
@@ -84,17 +78,10 @@ def thought_attention(
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``; those of text keys are summed chunk by chunk, always in the same order."""
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Implements ``reference.thought_attention_backward``. Gradients of text keys are summed by chunk, in a fixed order."""
     G, L, sinks = k.shape[1], branches.L, options.sinks
     E = v.shape[-1]
     if grad_lse is not None:  # one more column, so that rowsum(dO * O) is smaller by it and dO v^T stays the same

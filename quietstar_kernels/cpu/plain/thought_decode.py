@@ -8,31 +8,14 @@ from torch import Tensor
 from ..._options import AttentionOptions
 from ...branches import LENGTH
 from ...reference import wide
-from ._text import (
-    add_sinks,
-    join,
-    plain,
-    sees_text,
-    split,
-    step_chunks,
-    text_forward,
-    without_poison,
-)
+from ._text import add_sinks, join, plain, sees_text, split, step_chunks, text_forward, without_poison
 
 
 def thought_decode(
-    q: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    k_own: Tensor,
-    v_own: Tensor,
-    lo: Tensor,
-    table: Tensor,
-    step: Tensor,
-    options: AttentionOptions,
-    tree: Tensor | None = None,
-) -> Tensor:
-    """As ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
+    q: Tensor, k_text: Tensor, v_text: Tensor, k_own: Tensor, v_own: Tensor, lo: Tensor, table: Tensor, step: Tensor,
+    options: AttentionOptions, tree: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Implements ``reference.thought_decode``. The row sees its own rows up to itself, or the last ``window`` of them."""
     _, window, _, sinks = options
     G, now = k_text.shape[1], int(step)
     out = q.new_empty((*q.shape[:3], v_text.shape[-1]))

@@ -17,7 +17,7 @@ _compiled: set[tuple] = set()
 
 
 def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """As ``reference.thought_attention``. If a backward will follow, its kernels are compiled along with the forward's."""
+    """Implements ``reference.thought_attention``. If a backward will follow, its kernels are compiled at the same time."""
     if q.requires_grad and not INTERPRETED:
         _, window, softcap, sinks = options
         given = [x is None for x in (window, softcap, sinks, branches.tree)]
@@ -29,17 +29,10 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
 
 
 def thought_attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``reference.thought_attention_backward``."""
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: Branches,
+    options: AttentionOptions, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Implements ``reference.thought_attention_backward``."""
     scale, window, softcap, sinks = options
     grad_out, q, k, v, out = (near(x) for x in (grad_out, q, k, v, out))
     if sinks is not None:

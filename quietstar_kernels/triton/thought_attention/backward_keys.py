@@ -15,15 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...branches import Branches
-from .._device import FAR, in_range, load_tile, scores, store_tile, taking_turns, weights
-from .._launch import Launch, Plan, cdiv, padded, pairs_together
+from .._device import FAR, Layout, Stride, in_range, load_tile, scores, store_tile, taking_turns, weights
+from .._launch import Launch, Plan, cdiv, padded, pairs_together, tile_of
 from ..configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
     ATTENTION_BACKWARD_SUM,
     ATTENTION_BACKWARD_TEXT_KEYS,
     Config,
-    dot_precision,
     pick,
 )
 from .backward import Inputs
@@ -71,24 +70,23 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
     """
     grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known = inputs
     K, E = k.shape[3], v.shape[3]
-    kind, first, count, oldest = "own keys", tables.own_first, tables.own_count, None
-    if ranges is not None:
-        kind, first, count, oldest = "text keys", tables.first, tables.count, tables.oldest
+    kind = "text keys"
+    if ranges is None:  # the kernel reads one range of keys for each row
+        kind, tables = "own keys", tables._replace(first=tables.own_first, text_count=tables.own_count, oldest=None)
 
     def prepare() -> Launch:
         (B, H, rows, _), G, L, M = q.shape, k.shape[1], branches.L, branches.M
         blocks = cdiv(M - L if ranges is None else L, config.blocks["BLOCK_N"])
         within = M if window is None else min(window, M)
-        strides = *grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+        strides = tuple(Stride(*x.stride()[:3]) for x in (grad_out, q, k, v))
         together = pairs_together(B * G, H // G * rows, K + E, q.element_size())
         sizes = B, G, together, H // G, rows, L, M, branches.C, int(branches.full), within, parts
-        numbers = *strides, *sizes, scale, softcap
-        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision()}
-        return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, constants)
+        numbers = strides, *sizes, scale, softcap
+        return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, {"tile": tile_of(config, K, E)})
 
     if ranges is not None:  # which the rows of a node see as those of any branch do
         branches = branches._replace(tree=None, path=None)
-    tensors = grad_out, q, k, v, tables.delta, tables.lse, first, count, oldest, *branches.contiguous(), ranges
+    tensors = grad_out, q, k, v, tables, *branches.contiguous(), ranges
     if max(K, E) * q.element_size() > 256:  # with wide heads, registers only hold one of the two sums
         known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
         known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
@@ -106,26 +104,28 @@ def _name(specialization: Any) -> str:
     repr=_name,
 )
 def attention_backward_keys(
-    grad_out, q, k, v, delta, lse, first_table, count_table, oldest_table, lo, table, of_row, tree, path, ranges, dk, dv,
-    stride_gb, stride_gh, stride_gm, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
-    stride_vb, stride_vg, stride_vm,
-    B, G, together, HG, rows, L, M, C, full_own, window, parts, scale, softcap,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    grad_out, q, k, v, tables, lo, table, of_row, tree, path, ranges, dk, dv, strides,
+    B, G, together, HG, rows, L, M, C, full_own, window, parts, scale, softcap, tile,
 ):  # fmt: skip
+    stride_g, stride_q, stride_k, stride_v = strides
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    BLOCK_M: tl.constexpr = tile.BLOCK_M
     pair, turn = taking_turns(B * G, together)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
+    if tree is not None:
+        tree += b * C * 4
+        path += b * (M - L) * 2
+    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * (M - L), tree, path)
     part, block = turn % parts, turn // parts
     before = rows - (M - L)  # query rows before the first branch row
     if ranges is None:
         n0, end = L + block * BLOCK_N, M
         text_tiles = 0
         text_end = 0
-        layout = table + b * C * 3, of_row + b * (M - L)
         if tree is None:
-            own_start, own_end = rows_of_keys(*layout, n0 - L, M - L, full_own, window, BLOCK_N)
+            own_start, own_end = rows_of_keys(layout, n0 - L, M - L, full_own, window, BLOCK_N)
         else:
-            of_keys = rows_of_nodes(*layout, tree + b * C * 4, path + b * (M - L) * 2, n0 - L, M - L, full_own, BLOCK_N)
+            of_keys = rows_of_nodes(layout, n0 - L, M - L, full_own, BLOCK_N)
             seen_first, seen_count, key_row, own_start, own_end = of_keys
     else:
         n0, end = block * BLOCK_N, L
@@ -139,69 +139,72 @@ def attention_backward_keys(
 
     i = tl.arange(0, BLOCK_N)
     n = n0 + i
-    k += b * stride_kb + g * stride_kg + n0.to(tl.int64) * stride_km
-    v += b * stride_vb + g * stride_vg + n0.to(tl.int64) * stride_vm
-    keys = load_tile(k, i * stride_km, n < end, K, BLOCK_K)
-    values = load_tile(v, i * stride_vm, n < end, E, BLOCK_E)
-    if oldest_table is not None:
-        position = n - tl.load(lo + b * L + n, mask=n < L, other=0)
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    k += b * stride_k.b + g * stride_k.h + n0.to(tl.int64) * stride_k.m
+    v += b * stride_v.b + g * stride_v.h + n0.to(tl.int64) * stride_v.m
+    keys = load_tile(k, i * stride_k.m, n < end, tile.K, tile.BLOCK_K)  # [BLOCK_N, BLOCK_K]
+    values = load_tile(v, i * stride_v.m, n < end, tile.E, tile.BLOCK_E)  # [BLOCK_N, BLOCK_E]
+    if tables.oldest is not None:
+        position = n - tl.load(layout.lo + n, mask=n < L, other=0)
+    dk_acc = tl.zeros([BLOCK_N, tile.BLOCK_K], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, tile.BLOCK_E], tl.float32)
     i = tl.arange(0, BLOCK_M)
     begin, stop = part * HG * tiles // parts, (part + 1) * HG * tiles // parts
     # Rows that add nothing are not even loaded, as they may hold NaN. Their log-sum-exp is inf; it is read one tile ahead, so
     # that the loads of the rows need not wait for it. The other tables are read even past the last row: a mask would take a
     # tenth of the loop.
-    lse += (b * G + g) * HG * rows
-    delta += (b * G + g) * HG * rows
-    q += b * stride_qb + g * HG * stride_qh
-    grad_out += b * stride_gb + g * HG * stride_gh
-    first_table += b * rows
-    count_table += b * rows
-    tile, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
-    row0, row_end = row_tile(tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
+    lse = tables.lse + (b * G + g) * HG * rows
+    delta = tables.delta + (b * G + g) * HG * rows
+    q += b * stride_q.b + g * HG * stride_q.h
+    grad_out += b * stride_g.b + g * HG * stride_g.h
+    first_table = tables.first + b * rows
+    count_table = tables.text_count + b * rows
+    index, h = begin % tl.maximum(tiles, 1), (begin // tl.maximum(tiles, 1)).to(tl.int64)
+    row0, row_end = row_tile(index, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
     row_end = tl.where(begin < stop, row_end, 0)
     next_lse = tl.load(lse + (h * rows + row0) + i, mask=i < row_end - row0, other=float("inf"))
     for j in tl.range(begin, stop):
         row_lse = next_lse
         adds = row_lse < float("inf")
-        next_tile = tl.where(tile + 1 < tiles, tile + 1, 0)
-        next_h = tl.where(tile + 1 < tiles, h, h + 1)
-        next_row0, next_row_end = row_tile(next_tile, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
+        next_index = tl.where(index + 1 < tiles, index + 1, 0)
+        next_h = tl.where(index + 1 < tiles, h, h + 1)
+        next_row0, next_row_end = row_tile(next_index, text_tiles, n0, text_end, own_start, own_end, BLOCK_M)
         next_row_end = tl.where(j + 1 < stop, next_row_end, 0)
         next_lse = tl.load(lse + (next_h * rows + next_row0) + i, mask=i < next_row_end - next_row0, other=float("inf"))
         row_delta = tl.load(delta + (h * rows + row0) + i)
         first = tl.load(first_table + row0 + i)
         count = tl.load(count_table + row0 + i)
         count = tl.where(adds, count, 0)
-        queries = load_tile(q + h * stride_qh + row0.to(tl.int64) * stride_qm, i * stride_qm, adds, K, BLOCK_K)
-        grads = load_tile(grad_out + h * stride_gh + row0.to(tl.int64) * stride_gm, i * stride_gm, adds, E, BLOCK_E)
-        p, slope = weights(scores(keys, queries, scale, None, SLICES, PRECISION), row_lse[None, :], scale, softcap, keys.dtype)
+        q_row0 = q + h * stride_q.h + row0.to(tl.int64) * stride_q.m
+        queries = load_tile(q_row0, i * stride_q.m, adds, tile.K, tile.BLOCK_K)  # [BLOCK_M, BLOCK_K]
+        g_row0 = grad_out + h * stride_g.h + row0.to(tl.int64) * stride_g.m
+        grads = load_tile(g_row0, i * stride_g.m, adds, tile.E, tile.BLOCK_E)  # [BLOCK_M, BLOCK_E]
+        qk = scores(keys, queries, scale, None, tile.SLICES, tile.PRECISION)  # [BLOCK_N, BLOCK_M]
+        p, slope = weights(qk, row_lse[None, :], scale, softcap, keys.dtype)
         if tree is None:
             seen = in_range(n[:, None], first[None, :], count[None, :])
         else:  # ``first`` is a row of the path
             seen = in_range((row0 - before + i)[None, :], seen_first[:, None], seen_count[:, None])
             seen &= adds[None, :] & (key_row[:, None] >= first[None, :])
-        if oldest_table is not None:
-            oldest = tl.load(oldest_table + (b * rows + row0) + i)
+        if tables.oldest is not None:
+            oldest = tl.load(tables.oldest + (b * rows + row0) + i)
             seen = seen & (position[:, None] >= oldest[None, :])
         p = tl.where(seen, p, 0.0)
         if dv is not None:
-            dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=PRECISION)
+            dv_acc = tl.dot(p.to(grads.dtype), grads, dv_acc, input_precision=tile.PRECISION)
         if dk is not None:
-            dp = scores(values, grads, scale, None, SLICES, PRECISION)
+            dp = scores(values, grads, scale, None, tile.SLICES, tile.PRECISION)
             # Where p is not 0 the row sees the key, and dp is finite. As a mask ``seen`` would have to be kept across products.
             ds = tl.where(p > 0.0, p * (dp - row_delta[None, :]) * slope, 0.0)
-            dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
-        tile, h, row0, row_end = next_tile, next_h, next_row0, next_row_end
+            dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=tile.PRECISION)
+        index, h, row0, row_end = next_index, next_h, next_row0, next_row_end
 
     n_first = (part * (B * G) + pair).to(tl.int64) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
     # From a start that the compiler can't know to be 0. Else it would keep rows from above in registers.
     i = tl.arange(0, BLOCK_N) + tl.minimum(tiles, 0)
     if dk is not None:
-        store_tile(dk + n_first * K, i * K, n0 + i < end, dk_acc * scale, K, BLOCK_K)
+        store_tile(dk + n_first * tile.K, i * tile.K, n0 + i < end, dk_acc * scale, tile.K, tile.BLOCK_K)
     if dv is not None:
-        store_tile(dv + n_first * E, i * E, n0 + i < end, dv_acc, E, BLOCK_E)
+        store_tile(dv + n_first * tile.E, i * tile.E, n0 + i < end, dv_acc, tile.E, tile.BLOCK_E)
 
 
 @triton.jit
@@ -213,8 +216,9 @@ def row_tile(tile, text_tiles, text_start, text_end, own_start, own_end, BLOCK_M
 
 
 @triton.jit
-def rows_of_keys(table, of_row, r0, R, full_own, window, BLOCK_N: tl.constexpr):
+def rows_of_keys(layout, r0, R, full_own, window, BLOCK_N: tl.constexpr):
     """First of the branch rows that may see the keys of branch rows r0..r0+BLOCK_N-1, and the row after the last."""
+    _, table, of_row, _, _ = layout
     r = r0 + tl.arange(0, BLOCK_N)
     branch = tl.load(of_row + r, mask=r < R, other=-1).to(tl.int64)
     live = branch >= 0
@@ -225,10 +229,11 @@ def rows_of_keys(table, of_row, r0, R, full_own, window, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def rows_of_nodes(table, of_row, tree, path, r0, R, full_own, BLOCK_N: tl.constexpr):
+def rows_of_nodes(layout, r0, R, full_own, BLOCK_N: tl.constexpr):
     """For keys of branch rows r0..r0+BLOCK_N-1 in a tree: the first branch row that sees each without a window, how many do,
     and which row of its path it is; [BLOCK_N] each. Then the first of all these rows, and the row after the last.
     """
+    _, table, of_row, tree, path = layout
     r = r0 + tl.arange(0, BLOCK_N)
     node = tl.load(of_row + r, mask=r < R, other=-1).to(tl.int64)
     live = node >= 0

@@ -1,8 +1,8 @@
 """Forward of thought_attention: a program takes BLOCK_M query rows of one key head and loops over their keys, block by block.
 
 The H/G query heads of a key head are folded into the rows: flat row f is row f // HG under head f % HG. No tile has both text
-rows and branch rows. The keys of a tile are the own rows from the first that a row of the tile sees to the last, and the text
-likewise, in this order:
+rows and branch rows. The keys of a tile are the own rows from the first to the last that a row of the tile sees, and the text
+from the first to the last, in this order:
 
 1. of both, those at the edges, which only some rows see, in masked blocks of BLOCK_EDGE;
 2. of both, those that all rows see, in blocks of BLOCK_N without a mask.
@@ -17,6 +17,8 @@ them: wide products take fewer instructions than small ones of each row with its
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,10 @@ from .._device import (
     LN_2,
     LOG2_E,
     LOWEST,
+    Blocks,
+    Layout,
+    Sizes,
+    Stride,
     bounds,
     cover,
     edge_block,
@@ -48,20 +54,34 @@ from .._device import (
     window_bounds,
     without_poison,
 )
-from .._launch import Launch, cdiv, key_tiles, padded, pairs_together, plan
+from .._launch import Launch, cdiv, key_tiles, pairs_together, plan, tile_of
 from ..configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_LONG,
     ATTENTION_FORWARD_OPTIONS,
     ATTENTION_FORWARD_TREE,
     LONG_TEXT,
-    dot_precision,
     pick,
 )
 
 
+class DescribedKeys(NamedTuple):
+    """As ``Keys``, of batch row b and key head g, with descriptors for tiles of BLOCK_N and BLOCK_EDGE keys; or None."""
+
+    k: Any
+    v: Any
+    stride_k: Any
+    stride_v: Any
+    k_full: Any
+    v_full: Any
+    k_edge: Any
+    v_edge: Any
+    b: Any
+    g: Any
+
+
 def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """As ``reference.thought_attention``."""
+    """Implements ``reference.thought_attention``."""
     scale, window, softcap, sinks = options
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
@@ -83,12 +103,11 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
         HG, BLOCK_M, R = H // G, config.blocks["BLOCK_M"], branches.R
         tiles = cdiv(R * HG, BLOCK_M) + cdiv((rows - R) * HG, BLOCK_M)
         numbers = (
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            tuple(Stride(*x.stride()[:3]) for x in (q, k, v, out)),
             B, G, pairs_together(B * G, max(branches.L, 1), K + E, q.element_size()),
             HG, rows, branches.L, R, branches.C, int(branches.full), window, scale, softcap,
         )  # fmt: skip
-        constants = {"K": K, "E": E, "BLOCK_K": padded(K), "BLOCK_E": padded(E), "PRECISION": dot_precision(), "CAREFUL": 0}
-        return Launch(attention_forward, (tiles * B * G,), numbers, constants)
+        return Launch(attention_forward, (tiles * B * G,), numbers, {"tile": tile_of(config, K, E)})
 
     tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
     known.launch("forward", config, (q, k, v, *tiles, sinks, *layout, out, lse), prepare)
@@ -100,110 +119,94 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     do_not_specialize_on_alignment=["sinks", "lo", "table", "of_row", "tree", "path"],
 )
 def attention_forward(
-    q, k, v, k_full, v_full, k_edge, v_edge, sinks, lo, table, of_row, tree, path, out, lse,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_km,
-    stride_vb, stride_vg, stride_vm, stride_ob, stride_oh, stride_om,
-    B, G, together, HG, rows, L, R, C, full_own, window, scale, softcap,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    q, k, v, k_full, v_full, k_edge, v_edge, sinks, lo, table, of_row, tree, path, out, lse, strides,
+    B, G, together, HG, rows, L, R, C, full_own, window, scale, softcap, tile,
 ):  # fmt: skip
-    pair, tile = taking_turns(B * G, together)
+    stride_q, stride_k, stride_v, stride_o = strides
+    sizes = Sizes(L, L + R, window, scale, softcap)
+    pair, index = taking_turns(B * G, together)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     tiles = tl.num_programs(0) // (B * G)
-    flat, begin, end = tile_start(tile, tiles, L, R, HG, BLOCK_M)
-    m, h, inside = tile_rows(flat, begin, end, HG, BLOCK_M)
-    k += b * stride_kb + g * stride_kg
-    v += b * stride_vb + g * stride_vg
-    lo += b * L
-    table += b * C * 3
-    of_row += b * R
-    node = 0
+    flat, begin, end = tile_start(index, tiles, L, R, HG, tile.BLOCK_M)
+    m, h, inside = tile_rows(flat, begin, end, HG, tile.BLOCK_M)
+    k += b * stride_k.b + g * stride_k.h
+    v += b * stride_v.b + g * stride_v.h
+    keys = DescribedKeys(k, v, stride_k.m, stride_v.m, k_full, v_full, k_edge, v_edge, b, g)
     if tree is not None:
         tree += b * C * 4
         path += b * R * 2
-    first, last, own_first, own_last, oldest, on = seen_by(m, inside, lo, table, of_row, tree, L, full_own, window)
+    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * R, tree, path)
+    node = 0
+    seen = seen_by(m, inside, layout, L, full_own, window)
     if tree is not None:
-        node = first_node(m, on, of_row, L)
+        node = first_node(m, seen.on, layout.of_row, L)
 
     skipped = L + R - rows  # packed rows before the first query row
-    q += b * stride_qb + g * HG * stride_qh
-    queries = load_tile(q, h.to(tl.int64) * stride_qh + (m - skipped).to(tl.int64) * stride_qm, inside, K, BLOCK_K)
+    q += b * stride_q.b + g * HG * stride_q.h
+    offsets = h.to(tl.int64) * stride_q.h + (m - skipped).to(tl.int64) * stride_q.m
+    queries = load_tile(q, offsets, inside, tile.K, tile.BLOCK_K)  # [BLOCK_M, BLOCK_K]
     factor = scale * LOG2_E if softcap is None else LOG2_E
     if sinks is None:
-        top = tl.full([BLOCK_M], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+        top = tl.full([tile.BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([tile.BLOCK_M], tl.float32)
     else:
         sink = tl.load(sinks + g * HG + h, mask=inside, other=0.0).to(tl.float32) * LOG2_E
         top = tl.where(sink < LOWEST, LOWEST, sink)
         total = tl.exp2(sink - top)
 
-    start, all_from, all_to, final = bounds(first, last, on)
+    limits = bounds(seen.first, seen.last, seen.on)
     if window is not None:
-        start, all_from = window_bounds(start, all_from, final, oldest, on, lo)
-    before, full, edges = cover(start, all_from, all_to, final, BLOCK_N, BLOCK_EDGE)
+        limits = window_bounds(limits, seen.oldest, seen.on, layout.lo)
+    text = cover(limits, tile)
     end_top, end_total, acc = over_keys(
-        queries, top, total, first, last, own_first, own_last, oldest, on, k, v, k_full, v_full, k_edge, v_edge,
-        lo, table, tree, path, node, b, g, stride_km, stride_vm, start, before, full, edges,
-        L, L + R, window, scale, softcap, factor,
-        K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, None,
-    )  # fmt: skip
+        queries, top, total, seen, keys, layout, node, text, sizes, factor, tile, tile.CAREFUL, None
+    )
     # Because of 0 * NaN, a value that isn't finite also changes rows that don't see it. Then start over, and check all values.
-    if not CAREFUL:  # noqa: SIM102, one condition is the compiler's, one the program's
-        if tl.max((on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
+    if not tile.CAREFUL:  # noqa: SIM102, one condition is the compiler's, one the program's
+        if tl.max((seen.on & (tl.sum(acc * 0.0, 1) != 0.0)).to(tl.int32), 0) > 0:
             end_top, end_total, acc = over_keys(
-                queries, top, total, first, last, own_first, own_last, oldest, on, k, v, k_full, v_full, k_edge, v_edge,
-                lo, table, tree, path, node, b, g, stride_km, stride_vm, start, before, full, edges,
-                L, L + R, window, scale, softcap, factor,
-                K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, True, 1,
-            )  # fmt: skip
+                queries, top, total, seen, keys, layout, node, text, sizes, factor, tile, True, 1
+            )
 
     zero = tl.minimum(L, 0)  # where the result goes is computed again: see tile_rows_again
-    pair, tile = taking_turns(B * G + zero, together)
-    flat, begin, end = tile_start(tile, tl.num_programs(0) // (B * G + zero), L, R + zero, HG, BLOCK_M)
-    m, h, inside = tile_rows_again(zero, flat, begin, end, HG, BLOCK_M)
+    pair, index = taking_turns(B * G + zero, together)
+    flat, begin, end = tile_start(index, tl.num_programs(0) // (B * G + zero), L, R + zero, HG, tile.BLOCK_M)
+    m, h, inside = tile_rows_again(zero, flat, begin, end, HG, tile.BLOCK_M)
     b, g = (pair // G).to(tl.int64), (pair % G).to(tl.int64)
     row = m - skipped
-    total = tl.where(on, end_total, 1.0)
-    result = tl.where(on[:, None], acc * (1.0 / total)[:, None], 0.0)
-    out += b * stride_ob + g * HG * stride_oh
-    store_tile(out, h.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_om, inside, result, E, BLOCK_E)
-    natural = tl.where(on, end_top * LN_2 + tl.log(total), -float("inf"))
+    total = tl.where(seen.on, end_total, 1.0)
+    result = tl.where(seen.on[:, None], acc * (1.0 / total)[:, None], 0.0)  # [BLOCK_M, BLOCK_E]
+    out += b * stride_o.b + g * HG * stride_o.h
+    offsets = h.to(tl.int64) * stride_o.h + row.to(tl.int64) * stride_o.m
+    store_tile(out, offsets, inside, result, tile.E, tile.BLOCK_E)
+    natural = tl.where(seen.on, end_top * LN_2 + tl.log(total), -float("inf"))
     tl.store(lse + (pair.to(tl.int64) * HG + h) * rows + row, natural, mask=inside)
 
 
 @triton.jit
 def over_keys(
-    queries, top, total, first, last, own_first, own_last, oldest, on, k, v, k_full, v_full, k_edge, v_edge,
-    lo, table, tree, path, node, b, g, stride_km, stride_vm, start, before, full, edges,
-    L, M, window, scale, softcap, factor,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
-    CAREFUL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    queries, top, total, seen, keys, layout, node, text, sizes, factor, tile, CAREFUL: tl.constexpr, STAGES: tl.constexpr
+):
     """``top``, ``total`` and acc after all keys of the tile, which are copied in STAGES.
 
     With CAREFUL, values that aren't finite don't reach rows that don't see them.
     """
-    acc = tl.zeros([queries.shape[0], BLOCK_E], tl.float32)
-    if tree is None:
+    acc = tl.zeros([queries.shape[0], tile.BLOCK_E], tl.float32)
+    if layout.tree is None:
         top, total, acc = over_blocks(
-            queries, top, total, acc, first, last, own_first, own_last, own_first, own_last, oldest, on,
-            k, v, k_full, v_full, k_edge, v_edge, lo, path, b, g, stride_km, stride_vm,
-            start, before, full, edges, L, M, window, scale, softcap, factor,
-            K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, STAGES,
+            queries, top, total, acc, seen, seen.own_first, seen.own_last, keys, layout, text, sizes, factor, tile,
+            CAREFUL, STAGES,
         )  # fmt: skip
     else:  # the text and the node of the tile's first row, then the nodes above
+        start, before, full, edges = text
         near = node >= -1
         more = near
         while more:
-            seen_first, seen_last, node = keys_of_node(node, near, own_first, own_last, table, tree, L)
+            first, last, node = keys_of_node(node, near, seen, layout, sizes.L)
+            text = Blocks(start, before, full, edges)
             top, total, acc = over_blocks(
-                queries, top, total, acc, first, last, own_first, own_last, seen_first, seen_last, oldest, on,
-                k, v, k_full, v_full, k_edge, v_edge, lo, path, b, g, stride_km, stride_vm,
-                start, before, full, edges, L, M, window, scale, softcap, factor,
-                K, E, BLOCK_K, BLOCK_E, BLOCK_N, BLOCK_EDGE, SLICES, PRECISION, CAREFUL, STAGES,
-            )  # fmt: skip
+                queries, top, total, acc, seen, first, last, keys, layout, text, sizes, factor, tile, CAREFUL, STAGES
+            )
             before, full, edges, near = before * 0, full * 0, edges * 0, node < -1
             more = node >= 0
     if CAREFUL:  # what isn't finite now is from a value that the row sees: the whole row becomes NaN
@@ -213,46 +216,47 @@ def over_keys(
 
 @triton.jit
 def over_blocks(
-    queries, top, total, acc, first, last, own_first, own_last, seen_first, seen_last, oldest, on,
-    k, v, k_full, v_full, k_edge, v_edge, lo, path, b, g, stride_km, stride_vm,
-    start, before, full, edges, L, M, window, scale, softcap, factor,
-    K: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    queries, top, total, acc, seen, own_first, own_last, keys, layout, text, sizes, factor, tile,
     CAREFUL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same after own keys seen_first..seen_last and the text's blocks."""
-    own_start, all_from, all_to, own_final = bounds(seen_first, seen_last, on)
-    own_before, own_full, own_edges = cover(own_start, all_from, all_to, own_final, BLOCK_N, BLOCK_EDGE)
-    i = tl.arange(0, BLOCK_EDGE)
-    for j in tl.range(own_edges + edges, num_stages=STAGES):
-        is_own = j < own_edges
-        own_n0 = edge_block(j, own_start, own_before, own_full, BLOCK_N, BLOCK_EDGE)
-        n0 = tl.where(is_own, own_n0, edge_block(j - own_edges, start, before, full, BLOCK_N, BLOCK_EDGE))
+    """The same after own keys own_first..own_last, [rows] each, and the text's blocks."""
+    own_limits = bounds(own_first, own_last, seen.on)
+    own = cover(own_limits, tile)
+    i = tl.arange(0, tile.BLOCK_EDGE)
+    for j in tl.range(own.edges + text.edges, num_stages=STAGES):
+        is_own = j < own.edges
+        own_n0 = edge_block(j, own, tile)
+        n0 = tl.where(is_own, own_n0, edge_block(j - own.edges, text, tile))
         n = n0 + i
-        keys = load_rows(k_edge, k, b, g, n0, stride_km, M, BLOCK_EDGE, K, BLOCK_K)
-        values = load_rows(v_edge, v, b, g, n0, stride_vm, M, BLOCK_EDGE, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        begin = tl.where(is_own, seen_first, first)
-        seen = in_range(n[None, :], begin[:, None], (tl.where(is_own, seen_last, last) - begin + 1)[:, None])
-        if path is not None:
-            seen &= on_path(n, own_first, own_last, path, L, M, window is not None)
-        if window is not None:
-            position = n - tl.load(lo + n, mask=n < L, other=0)
-            seen &= is_own | (position[None, :] >= oldest[:, None])
+        k, v = load_keys(keys, keys.k_edge, keys.v_edge, n0, sizes.M, tile.BLOCK_EDGE, tile)
+        s = scores(queries, k, sizes.scale, sizes.softcap, tile.SLICES, tile.PRECISION)  # [BLOCK_M, BLOCK_EDGE]
+        begin = tl.where(is_own, own_first, seen.first)
+        count = tl.where(is_own, own_last, seen.last) - begin + 1
+        sees = in_range(n[None, :], begin[:, None], count[:, None])
+        if layout.path is not None:
+            sees &= on_path(n, seen, layout.path, sizes)
+        if sizes.window is not None:
+            position = n - tl.load(layout.lo + n, mask=n < sizes.L, other=0)
+            sees &= is_own | (position[None, :] >= seen.oldest[:, None])
         if CAREFUL:
-            values, poison = without_poison(values)
+            v, poison = without_poison(v)
             s += poison[None, :]
-        s = tl.where(seen, s, -float("inf"))
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        s = tl.where(sees, s, -float("inf"))
+        top, total, acc = softmax_step(s, v, factor, top, total, acc, tile.PRECISION)
 
-    own_start += own_before * BLOCK_EDGE
-    start += before * BLOCK_EDGE - own_full * BLOCK_N
-    for j in tl.range(own_full + full, num_stages=STAGES):
-        n0 = tl.where(j < own_full, own_start, start) + j * BLOCK_N
-        keys = load_rows(k_full, k, b, g, n0, stride_km, M, BLOCK_N, K, BLOCK_K)
-        values = load_rows(v_full, v, b, g, n0, stride_vm, M, BLOCK_N, E, BLOCK_E)
-        s = scores(queries, keys, scale, softcap, SLICES, PRECISION)
-        p, top, total, acc = softmax_step(s, factor, top, total, acc)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+    own_start = own.start + own.before * tile.BLOCK_EDGE
+    start = text.start + (text.before * tile.BLOCK_EDGE - own.full * tile.BLOCK_N)
+    for j in tl.range(own.full + text.full, num_stages=STAGES):
+        n0 = tl.where(j < own.full, own_start, start) + j * tile.BLOCK_N
+        k, v = load_keys(keys, keys.k_full, keys.v_full, n0, sizes.M, tile.BLOCK_N, tile)
+        s = scores(queries, k, sizes.scale, sizes.softcap, tile.SLICES, tile.PRECISION)  # [BLOCK_M, BLOCK_N]
+        top, total, acc = softmax_step(s, v, factor, top, total, acc, tile.PRECISION)
     return top, total, acc
+
+
+@triton.jit
+def load_keys(keys, k_tiles, v_tiles, n0, M, ROWS: tl.constexpr, tile):
+    """The ROWS keys and values from packed row ``n0``: [ROWS, BLOCK_K] and [ROWS, BLOCK_E]."""
+    k = load_rows(k_tiles, keys.k, keys.b, keys.g, n0, keys.stride_k, M, ROWS, tile.K, tile.BLOCK_K)
+    v = load_rows(v_tiles, keys.v, keys.b, keys.g, n0, keys.stride_v, M, ROWS, tile.E, tile.BLOCK_E)
+    return k, v

@@ -21,7 +21,7 @@ SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
 SPILLS = {
     "sm_90": {"attention_backward_queries": 26, "attention_backward_text_keys": 24, "attention_backward_own_keys": 34}
     | {"attention_forward bfloat16 K=256 E=256 on a tree": 10}
-    | {"attention_forward bfloat16 K=256 E=256 window, softcap, sinks, on a tree": 18},
+    | {"attention_forward bfloat16 K=256 E=256 window, softcap, sinks, on a tree": 18}
 }
 WAITS = {"attention_forward bfloat16 K=64 E=64"}
 # Labels whose sizes one compile serves, or two: long branches have tiles of their own.

@@ -11,7 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 from test_sample_token import defined_draws
 
-from quietstar_kernels import _dispatch, check
+from quietstar_kernels import _dispatch, self_test
 from quietstar_kernels.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -64,11 +64,7 @@ def raising(result):
     raise RuntimeError("an illegal memory access")
 
 
-SAYS = {
-    scaled: "error .* exceeds",
-    with_a_nan: "error inf at",
-    raising: "RuntimeError: an illegal memory access",
-}
+SAYS = {scaled: "error .* exceeds", with_a_nan: "error inf at", raising: "RuntimeError: an illegal memory access"}
 
 
 @pytest.mark.kernels
@@ -122,9 +118,9 @@ OPTIONS = {"temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
 @pytest.mark.parametrize("vocabulary, options", [(300, {}), (300, OPTIONS), (1000, {}), (5003, {}), (5003, OPTIONS)])
 def test_no_draw_of_its_cases_is_near_another(vocabulary, options):
     """So a draw that differs from the reference's is wrong, in any dtype."""
-    sampled = [case.arguments for small in (True, False) for case in check.cases(small) if case.op == "sample_token"]
+    sampled = [case.arguments for small in (True, False) for case in self_test.cases(small) if case.op == "sample_token"]
     assert vocabulary == 1000 or {"vocabulary": vocabulary, **options} in sampled
-    _, margins = defined_draws(check.exact_inputs(64, 64, vocabulary), check.SEED, **options)
+    _, margins = defined_draws(self_test.exact_inputs(64, 64, vocabulary), self_test.SEED, **options)
     assert margins.min() > 4e-5
 
 
