@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from quietstar import QuietStar
 from quietstar.hf.modules import backbone, embeddings
+from quietstar.texts import Texts
 from quietstar.thinking.forward import PackedInputs, Predictions
 from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels import ThoughtLayout
@@ -26,13 +27,11 @@ class PublishedSchedule(QuietStar):
 
     _passed: tuple[Tensor, Tensor] | None = None
 
-    def sample(
-        self, layout: ThoughtLayout, input_ids: Tensor, sequence_ids: Tensor, seed: int | None, greedy: bool
-    ) -> Thoughts:
+    def sample(self, texts: Texts, seed: int | None, greedy: bool, anchor_chunk: int | None = None) -> Thoughts:
         assert not greedy and seed is not None
         T = self.thought_config.thought_tokens
-        rows = layout.S if torch.is_grad_enabled() else T  # without a gradient nothing after the last sample is needed
-        *self._passed, ids, logprob = self._passes(layout, input_ids, None, seed, rows)
+        rows = texts.layout.S if torch.is_grad_enabled() else T  # without a gradient nothing after the last sample is needed
+        *self._passed, ids, logprob = self._passes(texts.layout, texts.input_ids, None, seed, rows)
         return Thoughts(ids, logprob)
 
     def predict(self, inputs: PackedInputs) -> Predictions:

@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "a load without its mask",
         "thought_attention/forward.py",
-        "tl.load(lo + n, mask=n < L, other=0)",
-        "tl.load(lo + n)",
+        "tl.load(layout.lo + n, mask=n < sizes.L, other=0)",
+        "tl.load(layout.lo + n)",
     ),
     Fault(
         "a mask without what fills the rest",
@@ -67,8 +67,8 @@ FAULTS = (
     Fault(
         "keys' stride for the values",
         "thought_attention/forward.py",
-        "load_rows(v_edge, v, b, g, n0, stride_vm,",
-        "load_rows(v_edge, v, b, g, n0, stride_km,",
+        "load_rows(v_tiles, keys.v, keys.b, keys.g, n0, keys.stride_v,",
+        "load_rows(v_tiles, keys.v, keys.b, keys.g, n0, keys.stride_k,",
     ),
     Fault(
         "a row sees one key too many",
@@ -97,7 +97,7 @@ FAULTS = (
     Fault(
         "a table that nobody writes",
         "thought_attention/backward.py",
-        "tl.store(own_count_table + at, tl.where(on, own_last - own_first + 1, 0), mask=inside)",
+        "tl.store(tables.own_count + at, tl.where(on, seen.own_last - seen.own_first + 1, 0), mask=inside)",
         "pass",
     ),
     Fault(

@@ -35,12 +35,6 @@ class ThoughtPass(Protocol):
         ...
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, layout: ThoughtLayout, **options: Any) -> Tensor:
-    out = thought_attention(q, k, v, layout, **options)
-    assert isinstance(out, Tensor)
-    return out
-
-
 class PackedPass:
     """The differentiable pass: text and all thought rows at once."""
 
@@ -51,7 +45,7 @@ class PackedPass:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.arrived = True
-        return _attention(q, k, v, self.layout, **options)
+        return thought_attention(q, k, v, self.layout, **options)
 
 
 class LeafPass:
@@ -70,7 +64,7 @@ class LeafPass:
         if not self.done:  # checkpointed layers call again in the backward
             self.keys_values.append((k, v))
             self.with_gradients &= torch.is_grad_enabled()
-        return _attention(q, k, v, self.layout, **options)
+        return thought_attention(q, k, v, self.layout, **options)
 
 
 class ChunkPass:
@@ -90,7 +84,7 @@ class ChunkPass:
         k_text, v_text = self.keys_values[self.calls]
         self.calls += 1
         k, v = torch.cat([k_text, k], 2), torch.cat([v_text, v], 2)
-        return _attention(q, k, v, self.layout, query_rows="thoughts", **options)
+        return thought_attention(q, k, v, self.layout, query_rows="thoughts", **options)
 
 
 @dataclass
@@ -199,7 +193,7 @@ class TextPass:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.store.take_text(self.calls, k, v)
         self.calls += 1
-        return _attention(q, k, v, self.layout, **options)
+        return thought_attention(q, k, v, self.layout, **options)
 
 
 class StepPass:

@@ -124,7 +124,7 @@ def pressed(train, monkeypatch):
 
 
 STOPS = "stopping after this step, and saving"
-ASKS = "another Ctrl-C ends the run at once, and loses the steps since the last save"
+ASKS = "press Ctrl-C again to quit now and lose the steps since the last save"
 
 
 @pytest.mark.parametrize(
