@@ -259,7 +259,7 @@ class QuietStar(nn.Module):
         chooses = chooses and self.training and config.anchors != "all" and anchors is None
         texts = check_texts({"input_ids": input_ids} | given, self.model, config, self.thinker.most_rows, vocabulary, chooses)
         if chooses:
-            texts = texts.with_anchors(self._chosen(texts, seed))
+            texts = texts.with_anchors(self._chosen(texts, checks.check_seed(seed)))
         return texts.with_thoughts(config, thought_ids, thought_lengths, old_logprob)
 
     def forward(

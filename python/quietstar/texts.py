@@ -101,11 +101,8 @@ class Texts:
         """With unused places up to ``places`` anchors a text."""
         assert self.anchors is not None
         more = places - self.layout.P
-        anchor, length = (
-            pad(self.layout.anchor, (0, more), value=-1),
-            pad(self.layout.length, (0, 0, 0, more), value=self.layout.S),
-        )
-        layout = replace(self.layout, anchor=anchor, length=length)
+        anchor = pad(self.layout.anchor, (0, more), value=-1)
+        layout = replace(self.layout, anchor=anchor, length=pad(self.layout.length, (0, 0, 0, more), value=self.layout.S))
         return replace(self, layout=layout, anchors=pad(self.anchors, (0, more), value=-1))
 
     def with_thoughts(
