@@ -12,7 +12,7 @@ from typing import Any
 _IMPORTS = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
 _MODULES = {x.name: node.module for node in _IMPORTS if isinstance(node, ast.ImportFrom) for x in node.names}
 
-# What the train extra installs, by the names of modules; kernels alone do without.
+# What the train extra installs, by the names of modules; the kernels do without.
 NEEDED = {"transformers", "tokenizers", "accelerate", "safetensors", "tqdm", "numpy", "tyro", "yaml", "msgspec", "psutil"}
 
 __all__ = sorted(name for name in _MODULES if not name.startswith("_"))

@@ -58,7 +58,7 @@ class QuietStar(nn.Module):
         model: any causal LM whose attention goes through transformers' AttentionInterface. With adapters from
             ``peft.get_peft_model``, these are trained, and saved without the model's own weights.
         config: N, T, J and the objective; default ``ThoughtConfig()``.
-        tokenizer: used for ``embedding_init`` alone, and saved with the model.
+        tokenizer: only used for ``embedding_init``, and saved with the model.
         verify: once per architecture, check on a small input that packed rows equal an ordinary forward.
 
     Attributes:
@@ -423,7 +423,7 @@ class QuietStar(nn.Module):
         sequence_ids: Tensor | None = None,
         thought_lengths: Tensor | None = None,
     ) -> Thoughts:
-        """Thoughts alone, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the config's temperature, and
+        """Only the thoughts, without a gradient: ``.thought_ids`` [B,P,N,T], ``.logprob`` at the config's temperature, and
         ``.thought_lengths`` [B,P,N] where they may be shorter than T.
 
         Args:
@@ -563,7 +563,7 @@ class QuietStar(nn.Module):
     ) -> None:
         """Write a checkpoint that ``AutoModelForCausalLM`` loads, with the thought parts beside it; renamed into place.
 
-        Of a model with adapters, those alone are written, as peft does it. Other files of the folder are kept, except the
+        Of a model with adapters, only these are written, as peft does it. Other files of the folder are kept, except the
         weights of another checkpoint.
 
         Args:

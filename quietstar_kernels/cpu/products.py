@@ -1,7 +1,7 @@
 """Products of fp32 matrices on CPUs, through the faster of two libraries that PyTorch ships.
 
 PyTorch multiplies with MKL, which uses no AVX-512 on AMD's processors. oneDNN does; PyTorch takes it for bf16, and has an
-operator for fp32. The processor alone decides, so that a machine always rounds alike.
+operator for fp32. Only the processor decides, so that a machine always rounds alike.
 """
 
 from __future__ import annotations

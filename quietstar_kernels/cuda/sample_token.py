@@ -1,7 +1,7 @@
 """sample_token in CUDA, csrc/sample_token.cu: cuBLAS computes the logits of a chunk of the vocabulary, a kernel reduces them.
 
 A chunk is small enough to stay in L2, and each row carries its best block so far from chunk to chunk. The score of a block
-depends on its own logits alone, so that chunks of any size draw the same ids.
+depends only on its own logits, so that chunks of any size draw the same ids.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def restore(own: dict[str, Tensor], tensors: dict[str, Tensor], path: str | os.P
 
 
 def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """State dict hook: save a tied parameter under its first name alone."""
+    """State dict hook: save a tied parameter only under its first name."""
     for alias in _tied(module):
         state.pop(prefix + alias, None)
 

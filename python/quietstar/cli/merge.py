@@ -17,7 +17,7 @@ from quietstar.model import QuietStar
 
 @dataclass
 class Merge:
-    """Write a checkpoint's language model alone, its adapters merged, for other libraries and servers."""
+    """Write only a checkpoint's language model, its adapters merged, for other libraries and servers."""
 
     model: Checkpoint
     out: Annotated[str, arg(metavar="FOLDER", help="a new folder, for weights, config, tokenizer and chat template")] = "merged"

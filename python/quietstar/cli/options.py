@@ -290,7 +290,7 @@ def for_source(values: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 def report_changes(model: str, values: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """Print which options differ from the checkpoint's; of several processes, the first alone does."""
+    """Print which options differ from the checkpoint's; of several processes, only the first does."""
     if os.environ.get("RANK", "0") != "0":
         return
     changed = [

@@ -248,7 +248,7 @@ def _contents(write: Callable[..., str], given: dict[str, Any]) -> list[dict[str
         return [x | {"content": instead[i]} if i in instead else x for i, x in enumerate(messages)]
 
     bare = write(**given | {"messages": joined([""] * len(odd))})
-    with suppress(Exception):  # of a template that takes text alone
+    with suppress(Exception):  # of a template that takes only text
         text = write(**given)
         wanted = [part["text"].strip() for part in parts if isinstance(part.get("text"), str)]
         spelled = [form for x in contents for form in (str(x), json.dumps(x, ensure_ascii=False))]

@@ -225,7 +225,7 @@ def token_losses(
     losses, own = measure(qs, examples, batch_size, progress, keep=controls)
     if not can_swap(own):
         return losses
-    # The thoughts sampled above, so that this costs a forward alone.
+    # The thoughts sampled above, so that this costs only a forward.
     others, _ = measure(qs, with_thoughts_of_another(own), batch_size, progress, keep=False)
     return replace(losses, another=others.mixed)
 

@@ -29,7 +29,7 @@ class Scores:
 
 
 def one_thought(qs: QuietStar) -> QuietStar:
-    """The same weights, with one thought and the next token alone: greedy thoughts at a position are identical."""
+    """The same weights, with one thought and only the next token: greedy thoughts at a position are identical."""
     config = instance("qs", qs, QuietStar).thought_config
     one = replace(config, thoughts=1, lookahead=1, reward="gain", advantage="relu", base_model="current", kl_weight=0.0)
     return qs.with_config(one)

@@ -79,7 +79,7 @@ CHARACTER_BYTES = 4  # of the longest character in UTF-8
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token alone, with the space that it begins with; bytes as ⟨E2 82⟩ where they are no whole character."""
+    """A single token, with the space that it begins with; bytes as ⟨E2 82⟩ where they are no whole character."""
     before = _decode(tokenizer, [token])
     # SentencePiece drops the first space of a text, so a token shows its own only after another token.
     doubled = _decode(tokenizer, [token, token])

@@ -182,7 +182,7 @@ def replaced(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Let who may enter a new folder read its files: safetensors makes them for their owner alone."""
+    """Let who may enter a new folder read its files: safetensors makes them only for their owner."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(file.parent.stat().st_mode & 0o666)

@@ -128,7 +128,7 @@ def can_be_off(model: nn.Module) -> bool:
 
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
-    """Run the base alone inside the context. peft also switches the adapters' gradients off; here they stay as they were."""
+    """Run only the base inside the context. peft also switches the adapters' gradients off; here they stay as they were."""
     trained = [(weight, weight.requires_grad) for weight in model.parameters()]
 
     def restore_gradients() -> None:

@@ -49,7 +49,7 @@ class PackedPass:
 
 
 class LeafPass:
-    """The text alone, differentiable. ``keys_values`` holds the keys and values of each attention call after the forward."""
+    """Only the text, differentiable. ``keys_values`` holds the keys and values of each attention call after the forward."""
 
     def __init__(self, layout: ThoughtLayout):
         self.layout = layout.text_only()
@@ -178,7 +178,7 @@ def _padded(x: Tensor, capacity: int) -> Tensor:
 
 
 class TextPass:
-    """The text alone; its keys and values go to the store."""
+    """Only the text; its keys and values go to the store."""
 
     def __init__(self, store: ThoughtStore):
         self.store = store
@@ -219,7 +219,7 @@ class StepPass:
 
 
 class _OwnRow:
-    """Rows that see themselves alone."""
+    """Rows that see only themselves."""
 
     positions, arrived = 1, True
 

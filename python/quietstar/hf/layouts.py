@@ -1,6 +1,6 @@
 """Layouts for a while: forwards with them on a model that its owner runs without.
 
-Attention "sdpa" is replaced inside ``with layouts_on(model)`` alone, and the model is as before afterwards.
+Attention "sdpa" is replaced only inside ``with layouts_on(model)``, and the model is as before afterwards.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class VerifyReport:
     """For each part the largest difference of a row's hidden state, in units of the most that rounding changed in that row.
 
     Attributes:
-        text: packed text rows, compared with the text alone.
+        text: packed text rows, compared with a forward of the text.
         thoughts: packed thought rows, compared with the text prefix and the thought.
         stepwise: thought rows decoded step by step over stored keys and values, compared with the same.
         bound: 16 in fp32; 2 in fp16 and bf16, where products sum in fp32. A wrong mask or position gives thousands in fp32.

@@ -1,4 +1,4 @@
-"""The memory that one of W processes needs for its share of a step, and what it sends, from a model's config alone.
+"""The memory that one of W processes needs for its share of a step, and what it sends, from only a model's config.
 
 Sources: ZeRO (arXiv 1910.02054, sections 5 and 7) for what is sharded; PyTorch FSDP (arXiv 2304.11277, sections 3 and 4) for
 what is gathered at a time; Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms (2009), for rings.
@@ -86,7 +86,7 @@ def _adapter_size(layer: nn.Module, adapters: AdapterConfig) -> int:
 
 
 def base_copy(weights: Weights, thoughts: ThoughtConfig, dtype: torch.dtype, adapters: bool) -> int:
-    """Bytes of the copy that rewards are compared with: of the adapters where they alone are trained."""
+    """Bytes of the copy that rewards are compared with: of the adapters where only they are trained."""
     if thoughts.base_model == "ema":
         return 4 * (weights.layers + weights.rest - weights.own if adapters else weights.own)
     return dtype.itemsize * weights.own * (thoughts.base_model == "frozen" and not adapters)

@@ -1,4 +1,4 @@
-"""The memory that a training step needs, part by part, from a model's config alone."""
+"""The memory that a training step needs, part by part, from only a model's config."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def step_memory(
         anchor_chunk: anchors of each text at a time. The thoughts of a chunk are recomputed as a whole, not layer by layer.
         gpu_bytes: the memory of the GPU, on which it depends what the LM head keeps. Default that of the GPU here, or 80 GiB.
         places: positions of a text that think. Default all.
-        adapters: whether they alone are trained, and the LM head has no gradient.
+        adapters: whether only they are trained, and the LM head has no gradient.
 
     Raises:
         ValueError: the model type can't think, or needs the values of tensors.

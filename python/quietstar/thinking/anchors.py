@@ -55,7 +55,7 @@ class Candidates:
         texts: with a thought at every position. They may be on the CPU whatever the model is on: then only a choice by entropy
             or a gate waits for a GPU.
         training: a gate is sampled from in training, and opens above 0.5 in evaluation.
-        tokenizer: needed for the ends of sentences alone.
+        tokenizer: only needed for the ends of sentences.
         eligible: bool [B,L], text positions whose next token is text of the same document; where the thought alone predicts,
             its next J tokens.
         position: int64 [B,L], counted from the document's first token.

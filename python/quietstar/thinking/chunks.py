@@ -64,8 +64,8 @@ SAMPLE = 64
 class MemoryBudget:
     """Bytes that are free for activations, those that a text position and an anchor take, and those of the LM head's calls.
 
-    Measured once per config, before its first chunk: later steps find their own allocations in memory. So sizes depend on
-    shapes alone, also after evaluations, whose config is another.
+    Measured once per config, before its first chunk: later steps find their own allocations in memory. So sizes depend
+    only on shapes, also after evaluations, whose config is another.
     """
 
     config: ThoughtConfig
