@@ -78,7 +78,7 @@ def test_verify_passes_and_reports_what_it_compared(tiny, architecture, dtype):
     assert report.ok and "thoughts" in str(report)
 
 
-ATTENTION, DECODE, POSITION_IDS = decoder._attention, decoder.thought_decode, ThoughtLayout.position_ids
+ATTENTION, DECODE, POSITION_IDS = decoder.thought_attention, decoder.thought_decode, ThoughtLayout.position_ids
 
 
 def sees_later_text(q, k, v, layout, **options):
@@ -109,9 +109,9 @@ def one_position_late(layout):
 
 
 WRONG = {
-    "sees later text": (decoder, "_attention", sees_later_text),
-    "sees the other thought": (decoder, "_attention", sees_the_other_thought),
-    "text sees a thought": (decoder, "_attention", text_sees_a_thought),
+    "sees later text": (decoder, "thought_attention", sees_later_text),
+    "sees the other thought": (decoder, "thought_attention", sees_the_other_thought),
+    "text sees a thought": (decoder, "thought_attention", text_sees_a_thought),
     "steps see later text": (decoder, "thought_decode", steps_see_later_text),
     "one position late": (ThoughtLayout, "position_ids", one_position_late),
 }
