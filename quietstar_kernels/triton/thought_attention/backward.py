@@ -209,10 +209,7 @@ def attention_backward_queries(
     k += b * stride_k.b + g * stride_k.h
     v += b * stride_v.b + g * stride_v.h
     keys = Keys(k, v, stride_k.m, stride_v.m)
-    if tree is not None:
-        tree += b * C * 4
-        path += b * (M - L) * 2
-    layout = Layout(lo + b * L, table + b * C * 3, of_row + b * (M - L), tree, path)
+    lo += b * L
     at = (b * (G * HG) + h) * rows + row
     lse = tl.load(tables.lse + at, mask=inside, other=float("inf"))
     delta = tl.load(tables.delta + at, mask=inside, other=0.0)
@@ -230,14 +227,21 @@ def attention_backward_queries(
     oldest = own_first
     if tables.oldest is not None:
         oldest = tl.load(tables.oldest + at, mask=inside, other=0)
-        limits = window_bounds(limits, oldest, on, layout.lo)
+        limits = window_bounds(limits, oldest, on, lo)
     text = cover(limits, tile)
+    start, before, full, edges = text
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_K], tl.float32)
+    # Made here: earlier, these pointers take registers from the loads above.
+    table += b * C * 3
+    of_row += b * (M - L)
+    if tree is not None:
+        tree += b * C * 4
+        path += b * (M - L) * 2
+    layout = Layout(lo, table, of_row, tree, path)
     seen = Seen(first, first + count - 1, own_first, own_first + own_count - 1, oldest, on)
     if tree is None:
         acc = over_blocks(acc, queries, grads, lse, delta, seen, count, own_first, own_count, keys, layout, text, sizes, tile)
     else:  # the text and the node of the tile's first row, then the nodes above
-        start, before, full, edges = text
         node = first_node(m, on, layout.of_row, L)
         near = node >= -1
         more = near
@@ -268,7 +272,9 @@ def over_blocks(acc, queries, grads, lse, delta, seen, count, own_first, own_cou
         own_n0 = edge_block(j, own, tile)
         n0 = tl.where(is_own, own_n0, edge_block(j - own.edges, text, tile))
         n = n0 + i
-        k, v = load_keys(keys, n0, i, sizes.M, tile)  # [BLOCK_EDGE, BLOCK_K], [BLOCK_EDGE, BLOCK_E]
+        at, inside = n0.to(tl.int64), n < sizes.M
+        k = load_tile(keys.k + at * keys.stride_k, i * keys.stride_k, inside, tile.K, tile.BLOCK_K)  # [BLOCK_EDGE, BLOCK_K]
+        v = load_tile(keys.v + at * keys.stride_v, i * keys.stride_v, inside, tile.E, tile.BLOCK_E)  # [BLOCK_EDGE, BLOCK_E]
         # 0 * NaN must not reach rows that don't see the NaN. Rows that do have no finite log-sum-exp, and are set below.
         k = tl.where(k.to(tl.float32) * 0.0 == 0.0, k, 0.0)
         ds = score_gradient(queries, grads, k, v, lse, delta, sizes, tile)
@@ -286,19 +292,12 @@ def over_blocks(acc, queries, grads, lse, delta, seen, count, own_first, own_cou
     start = text.start + (text.before * tile.BLOCK_EDGE - own.full * tile.BLOCK_N)
     for j in tl.range(own.full + text.full):
         n0 = tl.where(j < own.full, own_start, start) + j * tile.BLOCK_N
-        k, v = load_keys(keys, n0, i, sizes.M, tile)  # [BLOCK_N, BLOCK_K], [BLOCK_N, BLOCK_E]
+        at, inside = n0.to(tl.int64), n0 + i < sizes.M
+        k = load_tile(keys.k + at * keys.stride_k, i * keys.stride_k, inside, tile.K, tile.BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        v = load_tile(keys.v + at * keys.stride_v, i * keys.stride_v, inside, tile.E, tile.BLOCK_E)  # [BLOCK_N, BLOCK_E]
         ds = score_gradient(queries, grads, k, v, lse, delta, sizes, tile)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=tile.PRECISION)
     return acc
-
-
-@triton.jit
-def load_keys(keys, n0, i, M, tile):
-    """The keys and values of packed rows n0 + i; 0 from row M on."""
-    inside = n0 + i < M
-    k = load_tile(keys.k + n0.to(tl.int64) * keys.stride_k, i * keys.stride_k, inside, tile.K, tile.BLOCK_K)
-    v = load_tile(keys.v + n0.to(tl.int64) * keys.stride_v, i * keys.stride_v, inside, tile.E, tile.BLOCK_E)
-    return k, v
 
 
 @triton.jit
