@@ -71,12 +71,12 @@ def operator(
     return op
 
 
-def flat(record: type, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a function that takes ``*arguments``: its schema has the fields of ``record``, a NamedTuple, and then ``more``."""
+def flat(record: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function that takes ``*arguments``: its schema has the fields of ``record``, a NamedTuple."""
 
     def with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind, annotation=x) for name, x in (get_type_hints(record) | more).items()]
+        parameters = [inspect.Parameter(name, kind, annotation=x) for name, x in get_type_hints(record).items()]
         returned = get_type_hints(function)["return"]
         function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
         return function

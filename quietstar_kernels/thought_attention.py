@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -149,25 +148,30 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=wide)
 
 
-@flat(AttentionInputs, out=Tensor, lse=Tensor, grad_out=Tensor, grad_lse=Tensor | None)
-def _thought_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, out, lse, grad_out, grad_lse = arguments
-    x = AttentionInputs(*inputs)
-    if x.q.numel() == 0:
-        return _as_tensors(*(None if y is None else y.new_zeros(y.shape) for y in (x.q, x.k, x.v, x.sinks)))
-    qkv = x.q, x.k, x.v
-    grads = _dispatch.run(f"{_OP}_backward", x.backend, grad_out, *qkv, out, lse, x.branches, x.options, grad_lse)
-    return _as_tensors(*grads)
+def _thought_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    lo: Tensor, table: Tensor, of_row: Tensor, tree: Tensor | None, path: Tensor | None, sinks: Tensor | None,
+    full: bool, scale: float, window: int | None, softcap: float | None, backend: str, grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if q.numel() == 0:
+        return _as_tensors(*(None if y is None else y.new_zeros(y.shape) for y in (q, k, v, sinks)))
+    branches, options = Branches(lo, table, of_row, full, tree, path), AttentionOptions(scale, window, softcap, sinks)
+    return _as_tensors(*_dispatch.run(f"{_OP}_backward", backend, grad_out, q, k, v, out, lse, branches, options, grad_lse))
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = AttentionInputs(*arguments[: len(AttentionInputs._fields)])
-    return _as_tensors(*(None if y is None else y.new_empty(y.shape) for y in (x.q, x.k, x.v, x.sinks)))
+def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = rest[7]
+    return _as_tensors(*(None if y is None else y.new_empty(y.shape) for y in (q, k, v, sinks)))
 
 
 def _as_tensors(dq: Any, dk: Any, dv: Any, dsinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients, with an empty tensor where there are no sinks: an operator returns tensors only."""
     return dq, dk, dv, dq.new_empty(0) if dsinks is None else dsinks
+
+
+def _flops_backward(grad_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **_: Any) -> int:
+    """Scores again, and the gradients of q, k, v and the weights."""
+    return _flops(q, k, v, *rest, products=(3, 2))
 
 
 def _flops(q: Any, k: Any, v: Any, lo: Any, table: Any, of_row: Any, *_: Any, products: Any = (1, 1), **__: Any) -> int:
@@ -194,10 +198,10 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return (None,) * len(inputs)
     if grad_out is None:
         grad_out = out.new_zeros(out.shape)
-    dq, dk, dv, dsinks = call(_backward, *inputs, out, lse, grad_out, grad_lse)
+    dq, dk, dv, dsinks = call(_backward, grad_out, *inputs[:3], out, lse, *inputs[3:], grad_lse)
     return dq, dk, dv, *[None] * 5, None if inputs.sinks is None else dsinks, *[None] * len(ctx.rest)
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"
-_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD, flops=partial(_flops, products=(3, 2)))
+_backward = operator(_thought_attention_backward, _fake_backward, instead=_INSTEAD, flops=_flops_backward)
 _forward = operator(_thought_attention, _fake, _setup_context, _autograd, instead=_INSTEAD, flops=_flops)
