@@ -199,8 +199,8 @@ def test_opcheck(backend, part, case, few):
         metadata = (*layout.branches[:3], None, None)  # no tree
         rest = (layout.branches.full, 0.5, options["window"], options["softcap"], backend)
         out, lse = _forward(q, k, v, *metadata, sinks, *rest)
-        for grad_lse in (None, torch.ones_like(lse)):
-            torch.library.opcheck(_backward, (q, k, v, *metadata, sinks, *rest, out, lse, grad_out, grad_lse))
+        torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest))
+        torch.library.opcheck(_backward, (grad_out, q, k, v, out, lse, *metadata, sinks, *rest, torch.ones_like(lse)))
         leaves = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]
         torch.library.opcheck(_forward, (*leaves[:3], *metadata, leaves[3], *rest))
 
