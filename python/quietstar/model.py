@@ -522,7 +522,7 @@ class QuietStar(nn.Module):
 
     def _targets(self, texts: Texts) -> objective.Targets:
         config = self.thought_config
-        return objective.make_targets(texts.labels, None, texts.layout, config.lookahead, all_known=config.mixing == "none")
+        return objective.make_targets(texts.labels, texts.layout, config.lookahead, all_known=config.mixing == "none")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
         """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""

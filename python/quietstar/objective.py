@@ -47,12 +47,10 @@ def following(labels: Tensor, layout: ThoughtLayout, count: int = LEAK) -> Tenso
     return torch.where(there, labels.gather(1, flat).view(place.shape), IGNORED)
 
 
-def make_targets(
-    labels: Tensor, attention_mask: Tensor | None, layout: ThoughtLayout, lookahead: int, all_known: bool = False
-) -> Targets:
+def make_targets(labels: Tensor, layout: ThoughtLayout, lookahead: int, all_known: bool = False) -> Targets:
     """The targets of a batch.
 
-    A target is ignored if its label is -100, its mask is 0, it is in another document, or its thought is off. The last J live
+    A target is ignored if its label is -100, as on padding, it is in another document, or its thought is off. The last J live
     rows of a thought predict; the rows before them are the start and the sampled tokens.
 
     Args:
@@ -60,7 +58,6 @@ def make_targets(
             J tokens and one more, whatever they are, 0 <= anchor <= L-2-J.
     """
     L = layout.L
-    labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, IGNORED)
     t = torch.arange(L, device=labels.device)
     base = torch.where(layout.lo[:, 1:] <= t[:-1], labels[:, 1:], IGNORED)
 

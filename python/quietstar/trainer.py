@@ -216,6 +216,8 @@ class ThoughtTrainer(Trainer):
             parts.append(replace(losses, text=losses.text + first))
             examples += thought
             first += size
+        if not parts:
+            return TokenLosses(*torch.zeros(2, 0).double(), *torch.zeros(2, 0).long())
         columns = ("base", "mixed", "text", "place", "leaks", "length")
         found = TokenLosses(**{name: torch.cat([getattr(part, name) for part in parts]) for name in columns})
         kept = found.text < texts  # the last ones may be repeated

@@ -149,6 +149,8 @@ def test_a_batch_that_was_checked_once_stands_for_its_tensors(qs):
     assert 1 <= texts.layout.P < 12 and torch.equal(got.anchors, want.anchors)
     assert torch.equal(got.loss, want.loss) and torch.equal(got.thought_ids, want.thought_ids)
     assert torch.equal(qs.think(texts, seed=2).thought_ids, got.thought_ids)
+    moved = texts.to(torch.device("meta"))
+    assert moved.device.type == moved.layout.device.type == moved.labels.device.type == moved.anchors.device.type == "meta"
     given = {"anchors": want.anchors, "thought_ids": want.thought_ids, "thought_lengths": want.thought_ids[..., 0] % (T + 1)}
     given = {**given, "old_logprob": want.logprob + 0.1}
     again = qs.texts(**batch, **given)

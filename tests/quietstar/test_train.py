@@ -10,14 +10,16 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.checkpoints import places
 from quietstar.config import TrainConfig
 from quietstar.evaluation import losses
-from quietstar.run import snapshots
+from quietstar.run import sharding, snapshots
 from quietstar.run.batches import collate
+from quietstar.run.parts import prepare_parts
 from quietstar.run.processes import Interrupted
 from quietstar.training import thought_loss
 from tests.quietstar.common import TIMES, short_run, texts_of
@@ -250,3 +252,26 @@ def test_packed_documents_share_no_random_numbers():
     of_documents = [set(part.tolist()) for part in (ids[0, :5], ids[0, 5:], ids[1, :5], ids[2, :5], ids[2, 5:])]
     assert all(len(numbers) == 1 for numbers in of_documents) and len(set.union(*of_documents)) == 5
     assert torch.equal(torch.cat([part["sequence_ids"] for part in collate([row, short, row], [8, 2, 3], 3)]), ids)
+
+
+@pytest.mark.parametrize("fields", [{"anchors": "gate"}, {"anchors": "entropy"}, {"end_token_id": 2, "stop_threshold": 1 / 61}])
+def test_before_its_losses_a_step_runs_the_model_only_in_methods_that_fsdp_knows(tiny, fields, monkeypatch):
+    """Sharded weights are gathered for these alone."""
+    known, inside = [], []
+    monkeypatch.setattr(sharding, "register_fsdp_forward_method", lambda qs, name: known.append(name))
+    monkeypatch.setattr(sharding, "fully_shard", lambda *args, **options: None)
+    qs = QuietStar(tiny("llama"), replace(CONFIG, **fields), verify=False).train()
+    sharding.shard(qs, "shard_grad_op", "no")
+
+    def called(own, *args, **options):
+        inside.append(own)
+        found = own(*args, **options)
+        inside.pop()
+        return found
+
+    for name in known:
+        monkeypatch.setattr(qs, name, partial(called, getattr(qs, name)))
+    runs = []
+    qs.model.model.register_forward_pre_hook(lambda *_: runs.append(bool(inside)))
+    prepare_parts(Accelerator(cpu=True), qs, [{"input_ids": torch.arange(4, 28).view(2, 12)}], seed=0)
+    assert runs and all(runs)

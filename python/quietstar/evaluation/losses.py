@@ -275,7 +275,7 @@ def _losses(one: QuietStar, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tenso
     texts = one.texts(**batch)
     # With a seed, since drawing one would advance torch's generator and change the dropout of the run that is evaluated.
     out = one(texts, seed=0)
-    counts = objective.make_targets(texts.labels, None, texts.layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
+    counts = objective.make_targets(texts.labels, texts.layout, lookahead=1).mix[:, :, 0, 0] != objective.IGNORED
     anchor = texts.layout.anchor.long()
     base = out.nll_base.gather(1, anchor.clamp(0, texts.layout.L - 2))
     return base, out.nll_mix[:, :, 0, 0], anchor, counts, out

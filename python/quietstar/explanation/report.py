@@ -175,7 +175,7 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Tho
     N = thinker.config.thoughts
     thinker = replace(thinker, config=replace(thinker.config, thoughts=2 * N))
     layout = thinker.layout(input_ids, anchors=anchors[None], thought_lengths=thoughts.thought_lengths)
-    targets = objective.make_targets(input_ids, None, layout, lookahead=1)
+    targets = objective.make_targets(input_ids, layout, lookahead=1)
     inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)
     text, ahead, logprob = thinker.packed_states(*inputs[:4])
     predicted = thinker.predict(inputs, text, ahead, logprob)

@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
 import random
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from quietstar.explanation.page import CLASSES, EDGES, SAME, colour, figures, visible
 from quietstar.explanation.report import Alternative, ExplainedThought, ExplainedToken, Report
@@ -54,19 +51,6 @@ def report(texts, gains=GAINS, thoughts=1):
         parts = (base, mixed, another, base - mixed, MIXING, content)
         tokens.append(ExplainedToken(i, texts[i], *parts, own, alternatives(i, 0.2)))
     return Report(MODEL, {**SETTINGS, "thoughts": thoughts, "seed": 7 if thoughts > 1 else None}, tokens)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None and os.environ.get("CI"):
-        pytest.fail("no chromium here, and these tests must run in CI: apt-get install chromium")
-    if path is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
