@@ -37,8 +37,8 @@ class Results:
         """Replace the lines of a stage, and write the page again."""
         results = self.load()
         others = [line for line in results["stages"] if _stage_of(line) != stage]
-        order = [*STAGES]
-        results["stages"] = sorted([*others, *lines], key=lambda line: order.index(_stage_of(line)))
+        # Lines of a stage that has got another name since are kept, and come last.
+        results["stages"] = sorted([*others, *lines], key=lambda line: [*STAGES, _stage_of(line)].index(_stage_of(line)))
         results_file.save(results, self.path)
         results_file.write(pages.page(results), self.path.with_suffix(".md"))
 

@@ -111,9 +111,10 @@ def test_a_stage_that_runs_again_replaces_its_lines_and_a_failed_step_does_not_s
     def run(name, first):
         return run_stages([Stage(name, 60, [step(a=python(first)), step(b=python("print('fine')"))])], results)
 
+    results.put("since renamed", [{"stage": "since renamed", "passed": True, "note": "kept", "seconds": 1.0}])
     assert run("tests", "print(1)")
     assert not run("sanitize", "raise SystemExit('boom')")
-    others = [("tests, a", True, "1"), ("tests, b", True, "fine")]
+    others = [("tests, a", True, "1"), ("tests, b", True, "fine"), ("since renamed", True, "kept")]
     assert lines(results) == [("sanitize, a", False, "exit code 1: boom"), ("sanitize, b", True, "fine"), *others]
     assert run("sanitize", "print(2)")
     assert lines(results) == [("sanitize, a", True, "2"), ("sanitize, b", True, "fine"), *others]
