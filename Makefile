@@ -1,16 +1,19 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 
+# Python compiles what it imports; compiling all else would take pip two thirds of its time.
+INSTALL := -m pip --disable-pip-version-check --no-input install -qq --no-compile
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt $(PIP_ARGS)
+PIP = $(BIN)/python $(INSTALL) -c constraints.txt $(PIP_ARGS)
 LOWEST := .venv-lowest
 NEWEST = .venv-$(notdir $(PYTHON))
 REHEARSAL := .venv-rehearsal
 EXECUTED := .venv-executed
-PIP_NEWEST = $(NEWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq --upgrade $(PIP_ARGS)
-PIP_LOWEST = $(LOWEST)/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints-lowest.txt $(PIP_ARGS)
+PIP_NEWEST = $(NEWEST)/bin/python $(INSTALL) --upgrade $(PIP_ARGS)
+PIP_LOWEST = $(LOWEST)/bin/python $(INSTALL) -c constraints-lowest.txt $(PIP_ARGS)
 BUILD := $(if $(shell command -v $${CXX:-c++}),cpu,python)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
     $(addprefix tests/quietstar/,test_model.py thinking/test_rollout.py test_golden.py thinking/test_generate.py hf/test_drop_in.py \
@@ -144,7 +147,7 @@ gpu-wheels:  ## build/gpu-wheels/: the packages that benchmarks/results/README.m
 $(REHEARSAL)/.ready: constraints-lowest.txt Makefile
 	@echo "Setting up $(REHEARSAL), what make gpu needs and no more: a minute the first time."
 	@$(PYTHON) -m venv --clear $(REHEARSAL)
-	@$(REHEARSAL)/bin/python -m pip --disable-pip-version-check --no-input install -qq $(PIP_ARGS) \
+	@$(REHEARSAL)/bin/python $(INSTALL) $(PIP_ARGS) \
 	    $(shell grep -E '^(torch|triton|transformers)==' constraints-lowest.txt) pytest 'numpy<2.4'
 	@touch $@
 
@@ -155,7 +158,7 @@ executed: $(EXECUTED)/.ready  ## Triton's kernels as the compiler makes them for
 $(EXECUTED)/.ready: $(READY) Makefile
 	@echo "Setting up $(EXECUTED): a minute the first time."
 	@$(BIN)/python -m venv --clear $(EXECUTED)
-	@$(EXECUTED)/bin/python -m pip --disable-pip-version-check --no-input install -qq --no-deps --ignore-requires-python $(PIP_ARGS) \
+	@$(EXECUTED)/bin/python $(INSTALL) --no-deps --ignore-requires-python $(PIP_ARGS) \
 	    triton==3.8.0 ttsem==0.1.0
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$($(EXECUTED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@touch $@
