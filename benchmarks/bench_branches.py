@@ -1,7 +1,5 @@
 """Branches with one text in common, forward and backward: completions of a prompt, and the blocks of a drafter.
 
-    python -m benchmarks.bench_branches --help
-
 Against copies of the prompt, which is what most people train with, FlexAttention, PrefixGrouper, and a dense mask. Copies are
 ready-made: making them is not timed.
 """
@@ -14,7 +12,6 @@ import torch
 
 from benchmarks.baselines.branches import BASELINES, BranchCase, sizes
 from benchmarks.baselines.packed import Attention
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from quietstar_kernels import thought_attention
@@ -42,6 +39,3 @@ def smoke(device: torch.device) -> list[BranchCase]:
 BENCHMARK = Benchmark(
     BranchCase.op, Candidate("thought_attention", ours, package=PACKAGE), lambda case: BASELINES, cases, smoke
 )
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -1,7 +1,5 @@
 """A step of group RL in TRL's GRPOTrainer: each prompt packed once with its completions, against one copy for each completion.
 
-    python -m benchmarks.bench_group_rl --help
-
 "loss and backward" is the forward of the loss and its backward, of completions that were sampled before; their lengths are
 random, from half of T to T. "whole step" is TRL's training step, which generates completions of T tokens first. Memory is that
 of a step, without weights. The grid "checkpointing" recomputes layers in the backward, which is TRL's default. In "turns", half
@@ -20,7 +18,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.baselines.llama import QWEN3_600M, SMOLLM2_135M, LlamaCase, random_llama
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import Inputs, Work, judge
@@ -181,10 +178,6 @@ OURS = Candidate("SharedPrompts", prepare(shared), PACKAGE, no_trl)
 STOCK = Candidate("TRL, repeated prompts", prepare(stock), "trl", no_trl)
 
 
-def candidates(case: GroupCase) -> list[Candidate]:
-    return [STOCK]
-
-
 def cases(device: torch.device, full: bool) -> Iterator[GroupCase]:
     """The grid, the most important cases first."""
     if device.type == "cuda":
@@ -210,7 +203,4 @@ def smoke(device: torch.device) -> list[GroupCase]:
     return [tiny, *others]
 
 
-BENCHMARK = Benchmark(GroupCase.op, OURS, candidates, cases, smoke)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)
+BENCHMARK = Benchmark(GroupCase.op, OURS, lambda case: [STOCK], cases, smoke)

@@ -1,7 +1,5 @@
 """The time a call of an op takes the host, and what takes it: with empty kernels, or on a GPU with real ones of tiny sizes.
 
-    python -m benchmarks.bench_host --help
-
 If a step has many small calls, as in generation without a CUDA graph, the device waits for the host. ``host/time_calls.py``
 measures in a process of its own.
 """
@@ -19,7 +17,6 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work
@@ -96,12 +93,7 @@ def compare(
 OURS = Candidate("a call", measured, package=PACKAGE)
 
 
-def candidates(case: HostCase) -> list[Candidate]:
-    return []
-
-
 def cases(device: torch.device, full: bool) -> Iterator[HostCase]:
-    """First the ops that have a goal."""
     for what in OPS:
         yield HostCase(what=what, grid="headline", device=device, rounds=2000 if full else 200)
 
@@ -110,7 +102,4 @@ def smoke(device: torch.device) -> list[HostCase]:
     return [HostCase(what="decode", device=device, rounds=2)]
 
 
-BENCHMARK = Benchmark(HostCase.op, OURS, candidates, cases, smoke, compare)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)
+BENCHMARK = Benchmark(HostCase.op, OURS, lambda case: [], cases, smoke, compare)

@@ -1,7 +1,5 @@
 """linear_logprob, forward and backward, against cross entropy over a tensor of logits and against fused linear cross entropies.
 
-    python -m benchmarks.bench_linear_logprob --help
-
 All candidates compute the sum of the targets' negative log-probabilities, since some of the baselines compute nothing else. On
 a GPU the headline case is that of huggingface/trl#7244: 8192 tokens, width 4096, 151,936 ids.
 """
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.head import LOSSES, HeadCase, Loss
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
@@ -133,6 +130,3 @@ def smoke(device: torch.device) -> list[LogprobCase]:
 
 
 BENCHMARK = Benchmark(LogprobCase.op, OURS, candidates, cases, smoke)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -1,7 +1,5 @@
 """Memory of a training step on a long text: anchors in chunks against all at once.
 
-    python -m benchmarks.bench_memory --help
-
 Rollout, forward and backward of a text where every 16th position thinks, with a small Mistral whose sliding window makes 32k
 tokens possible on a CPU. Both candidates must give the same loss and gradients. Each is timed once, on a GPU after a run that
 compiles, since the benchmark is about memory. The grid "chunk" varies the size of the chunks.
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
@@ -156,6 +153,3 @@ def smoke(device: torch.device) -> list[MemoryCase]:
 
 
 BENCHMARK = Benchmark(MemoryCase.op, OURS, candidates, cases, smoke, compare)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -4,8 +4,6 @@ naive          at every position, reads the prefix again and then generates N th
 careful naive  reads the text once; every position continues from a copy of the cache up to that position
 batched        ``QuietStar.think``
 
-    python -m benchmarks.bench_naive --help
-
 All three run the same random Llama with the same sampler, seed and counters, and must give the same thoughts. The naive methods
 use the plain transformers model with sdpa attention and a DynamicCache. All are timed after a warm-up: the naive methods have
 thought at some positions, the batched one twice at all, after which a GPU replays its graphs. A note has the seconds of its
@@ -25,7 +23,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, Wrong
@@ -208,10 +205,6 @@ OURS = Candidate(BATCHED, partial(make_method, name=BATCHED), PACKAGE)
 BASELINES = [Candidate(name, partial(make_method, name=name), "transformers") for name in (NAIVE, CAREFUL)]
 
 
-def candidates(case: NaiveCase) -> list[Candidate]:
-    return BASELINES
-
-
 def cases(device: torch.device, full: bool) -> Iterator[NaiveCase]:
     """All positions of a text. The full grid varies its length and the number of thoughts."""
     yield NaiveCase(L=256, P=256, device=device)
@@ -225,7 +218,4 @@ def smoke(device: torch.device) -> list[NaiveCase]:
     return [NaiveCase(L=8, P=8, T=2, layers=1, D=64, V=80, device=device)]
 
 
-BENCHMARK = Benchmark(NaiveCase.op, OURS, candidates, cases, smoke, compare)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)
+BENCHMARK = Benchmark(NaiveCase.op, OURS, lambda case: BASELINES, cases, smoke, compare)

@@ -1,7 +1,5 @@
 """A step of RLP: long thoughts at a few anchors of a text, which end themselves, sampled and trained packed.
 
-    python -m benchmarks.bench_online --help
-
 Against a loop over anchors, as the public re-implementation of RLP has it, and a sequence for each thought. A step samples,
 computes the loss and its gradients; "rollout" is sampling alone. A random model's thoughts would all have T tokens, so its end
 token has a bias that ends them after about 0.4 T. The note says what their mean is.
@@ -22,7 +20,6 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.baselines.llama import LlamaCase, random_llama
 from benchmarks.baselines.online import END, SEED, START, AnchorByAnchor, SequencePerThought, Way
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Inputs, Work, Wrong, judge
@@ -186,10 +183,6 @@ BASELINES = [
 ]
 
 
-def candidates(case: OnlineCase) -> list[Candidate]:
-    return BASELINES
-
-
 def cases(device: torch.device, full: bool) -> Iterator[OnlineCase]:
     """The headline only in a full run, since the baselines take minutes; else short thoughts, on a CPU of one text."""
     gpu = {"L": 1024, "layers": 8, "D": 1024, "I": 3072, "H": 8, "G": 2, "V": 32000, "dtype": torch.bfloat16}
@@ -206,7 +199,4 @@ def smoke(device: torch.device) -> list[OnlineCase]:
     return [replace(tiny, grid="short"), replace(tiny, what="rollout")]
 
 
-BENCHMARK = Benchmark(OnlineCase.op, OURS, candidates, cases, smoke, compared)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)
+BENCHMARK = Benchmark(OnlineCase.op, OURS, lambda case: BASELINES, cases, smoke, compared)

@@ -1,7 +1,5 @@
 """sample_token, which samples one id per row from the head's softmax, against sampling from a tensor of logits.
 
-    python -m benchmarks.bench_sample_token --help
-
 The matmul alone, which computes the logits and samples nothing, is a lower bound on the time of any sampler.
 """
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.head import SAMPLERS, HeadCase, Sampler
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, by_back_end
 from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
@@ -101,6 +98,3 @@ def smoke(device: torch.device) -> list[SampleCase]:
 
 
 BENCHMARK = Benchmark(SampleCase.op, OURS, candidates, cases, smoke)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -1,7 +1,5 @@
 """A whole training step and a whole rollout of a model, ours against the published code's schedule.
 
-    python -m benchmarks.bench_step --help
-
 A training step samples thoughts at all positions, runs the packed forward and backward, and updates with AdamW. The roofline
 counts the matmuls of these three passes, and the second forward of checkpointed layers. The optimizer and everything else that
 is not a matmul show up as distance from it. The grid "passes" varies the number of sampled tokens T, to compare the schedules'
@@ -12,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,6 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.baselines.llama import LLAMA_8B, QWEN3_600M, LlamaCase, random_llama
 from benchmarks.baselines.published_schedule import PublishedSchedule
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import Inputs, Work, judge
@@ -181,33 +178,25 @@ def no_checkpointing(case: StepCase) -> str | None:
     return "it needs a cache of keys and values, which gradient checkpointing turns off" if case.checkpointing else None
 
 
-def without_graphs(case: StepCase) -> TrainingStep | Rollout:
-    function = prepare(QuietStar)(case)
-    function.qs.graphs = False
-    return function
+def changed(change: Callable[[QuietStar], Any]) -> Callable[[StepCase], TrainingStep | Rollout]:
+    """Ours, whose model is changed before its first call."""
+
+    def prepared(case: StepCase) -> TrainingStep | Rollout:
+        function = prepare(QuietStar)(case)
+        change(function.qs)
+        return function
+
+    return prepared
 
 
-def with_fast_linear(case: StepCase) -> TrainingStep | Rollout:
-    function = prepare(QuietStar)(case)
-    fast_linear(function.qs)
-    return function
-
-
-def compiled(case: StepCase) -> TrainingStep | Rollout:
-    function = prepare(QuietStar)(case)
-    function.qs.compile()
-    return function
-
-
-def with_liger(case: StepCase) -> TrainingStep | Rollout:
+def with_liger(qs: QuietStar) -> None:
     """With Liger's norms and feed-forward layers, which transformers' ``use_kernels`` takes from the hub."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from transformers.models.llama import modeling_llama
 
-    function, before = prepare(QuietStar)(case), dict(vars(modeling_llama))
-    apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=function.qs.model)
+    before = dict(vars(modeling_llama))
+    apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=qs.model)
     vars(modeling_llama).update(before)  # which it changes for models to come
-    return function
 
 
 def no_liger(case: StepCase) -> str | None:
@@ -215,10 +204,10 @@ def no_liger(case: StepCase) -> str | None:
 
 
 OURS = Candidate("QuietStar", prepare(QuietStar), package=PACKAGE)
-LIGER = Candidate("QuietStar, Liger's layers", with_liger, "liger-kernel", no_liger)
-COMPILED = Candidate("QuietStar, compiled", compiled, PACKAGE, compiles=True)
-LAUNCHED = Candidate("QuietStar without a graph", without_graphs, PACKAGE)
-FAST_LINEAR = Candidate("QuietStar, linear layers by oneDNN", with_fast_linear, PACKAGE)
+LIGER = Candidate("QuietStar, Liger's layers", changed(with_liger), "liger-kernel", no_liger)
+COMPILED = Candidate("QuietStar, compiled", changed(lambda qs: qs.compile()), PACKAGE, compiles=True)
+LAUNCHED = Candidate("QuietStar without a graph", changed(lambda qs: setattr(qs, "graphs", False)), PACKAGE)
+FAST_LINEAR = Candidate("QuietStar, linear layers by oneDNN", changed(fast_linear), PACKAGE)
 PUBLISHED = Candidate("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
@@ -268,6 +257,3 @@ def smoke(device: torch.device) -> list[StepCase]:
 
 
 BENCHMARK = Benchmark(StepCase.op, OURS, candidates, cases, smoke)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -1,8 +1,6 @@
 """thought_attention, forward and backward, against FlexAttention, flash attention joined with each thought's own block, and
 SDPA with a dense mask.
 
-    python -m benchmarks.bench_thought_attention --help
-
 Every position of the text thinks, one call has the rows of text and thoughts, and all candidates get the same tensors.
 """
 
@@ -22,7 +20,6 @@ from torch import Tensor
 from benchmarks.baselines.attention import BASELINES
 from benchmarks.baselines.exact import exact_rows
 from benchmarks.baselines.packed import Attention, PackedCase
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
@@ -104,31 +101,6 @@ def ours(case: AttentionCase) -> Attention:
     return lambda q, k, v: thought_attention(q, k, v, layout)
 
 
-def in_parts(case: AttentionCase, parts: int) -> Attention:
-    """The batch in several calls, as a user would do whose batch doesn't fit."""
-    layout = replace(case, B=case.B // parts).layout
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cut = zip(*(x.chunk(parts) for x in (q, k, v)), strict=True)
-        return torch.cat([thought_attention(*x, layout) for x in cut])
-
-    return attend
-
-
-def on_one_thread(case: AttentionCase) -> Attention:
-    """A forward on one thread. Its backward, which ``call`` starts, would still use all threads."""
-    attend, threads = ours(case), torch.get_num_threads()
-
-    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        torch.set_num_threads(1)
-        try:
-            return attend(q, k, v)
-        finally:
-            torch.set_num_threads(threads)
-
-    return alone
-
-
 def beside_a_neighbour(case: AttentionCase) -> Attention:
     """A forward while another process computes as well, which is stopped before and afterwards."""
     attend = ours(case)
@@ -147,14 +119,11 @@ def beside_a_neighbour(case: AttentionCase) -> Attention:
 
 
 OURS = Candidate("thought_attention", ours, package=PACKAGE)
-SPLITS = [Candidate(f"in {n} calls", lambda case, n=n: in_parts(case, n), PACKAGE) for n in (2, 4)]
-ONE_THREAD = Candidate("one thread", on_one_thread, PACKAGE)
 NEIGHBOUR = Candidate("one busy neighbour", beside_a_neighbour, PACKAGE)
 
 
 def candidates(case: AttentionCase) -> list[Candidate]:
-    """The baselines. In the grids "batch", "threads" and "neighbour" ours is compared with itself."""
-    return {"batch": SPLITS, "threads": [ONE_THREAD], "neighbour": [NEIGHBOUR]}.get(case.grid, BASELINES)
+    return [NEIGHBOUR] if case.grid == "neighbour" else BASELINES
 
 
 def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
@@ -193,9 +162,6 @@ def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:
         yield from vary("width", K=K)
     for G in (head.H, head.H // 8) if full else (head.H,):
         yield from vary("groups", G=G)
-    if not gpu:
-        yield from vary("batch", B=4)
-        yield replace(head, grid="threads")
 
 
 def smoke(device: torch.device) -> list[AttentionCase]:
@@ -204,6 +170,3 @@ def smoke(device: torch.device) -> list[AttentionCase]:
 
 
 BENCHMARK = Benchmark(AttentionCase.op, OURS, candidates, cases, smoke)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

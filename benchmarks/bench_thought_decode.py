@@ -1,7 +1,5 @@
 """thought_decode, one new row of every thought over stored keys and values, against FlexAttention, flash attention and SDPA.
 
-    python -m benchmarks.bench_thought_decode --help
-
 The keys of the text and of all thoughts are in one tensor, and so are the values, so that no candidate has to concatenate
 them. Ours reads views of these tensors.
 """
@@ -17,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.baselines.attention import BASELINES
 from benchmarks.baselines.packed import Attention, PackedCase
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, by_back_end
 from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
@@ -120,6 +117,3 @@ def smoke(device: torch.device) -> list[DecodeCase]:
 
 
 BENCHMARK = Benchmark(DecodeCase.op, OURS, candidates, cases, smoke)
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -1,7 +1,5 @@
 """Branches on branches, as of several turns, forward and backward.
 
-    python -m benchmarks.bench_trees --help
-
 Against a sequence for each leaf, which is what most people train with, FlexAttention with the tree as its mask, and branches
 that repeat what is above them. Such copies are ready-made, the mask is made and FlexAttention compiled before the clock starts.
 A note says how many times our pairs of query and key a baseline computes: by arithmetic, it would take as many times as long.
@@ -15,7 +13,6 @@ import torch
 
 from benchmarks.baselines.packed import Attention
 from benchmarks.baselines.trees import BASELINES, TreeCase, sizes, times_the_pairs
-from benchmarks.command import main
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.compare import Effort, Row, Write, compare, nowhere
@@ -60,6 +57,3 @@ def with_pairs(
 BENCHMARK = Benchmark(
     TreeCase.op, Candidate("thought_attention", ours, package=PACKAGE), lambda case: BASELINES, cases, smoke, with_pairs
 )
-
-if __name__ == "__main__":
-    main([BENCHMARK], __doc__)

@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import goals, pages, ratios, results_file, tables, units
+from benchmarks.harness.candidate import PACKAGE
+from benchmarks.report import pages, ratios, results_file, tables, units
 from benchmarks.report.committed import write_block
 from benchmarks.report.plots import BASELINE_COLORS, OURS_COLOR
 
@@ -38,14 +39,8 @@ CHARTED = {
 
 
 def section(folder: Path = pages.RESULTS) -> str:
-    """A table of the headline cases for each measured device, and a sentence about what has not been measured."""
-    found = [(path, results_file.load(path)) for path in pages.all_results(folder)]
-    kinds = {results["machine"]["kind"] for _, results in found}
-    parts = [device_section(path, results) for path, results in found]
-    for kind, what, command in (("cpu", "CPUs", "make bench"), ("cuda", "GPUs", "make gpu")):
-        if kind not in kinds:
-            parts.append(f"{what}: not measured. `{command}` measures one and writes its results to benchmarks/results.\n")
-    return "\n".join(parts)
+    """A table of the headline cases for each measured device."""
+    return "\n".join(device_section(path, results_file.load(path)) for path in pages.all_results(folder))
 
 
 def device_section(path: Path, results: dict[str, Any]) -> str:
@@ -63,12 +58,17 @@ def device_section(path: Path, results: dict[str, Any]) -> str:
     for _, rows in tables.by_case(timed):
         mine = next(row for row in rows if row["is_ours"])
         if mine["seconds"] is not None:
-            baselines = [row for row in rows if row["times_ours"] is not None and goals.is_rival(row)]
+            baselines = [row for row in rows if row["times_ours"] is not None and is_rival(row)]
             faster = "; ".join(f"{row['candidate']} {units.number(row['times_ours'])}" for row in baselines)
             name = "" if mine["grid"] == "headline" else f"{mine['grid']}: "
             case = f"`{mine['op']}` {name}{tables.case_of(mine)}"
             body.append([case, units.seconds(mine["seconds"]), tables.share(mine), faster])
     return "\n".join([*lines, *tables.markdown_table(["", "time", "of the roofline", "times faster than"], body), ""])
+
+
+def is_rival(row: results_file.RowDict) -> bool:
+    """Whether this is another implementation of all the work. Ours with another back end is not."""
+    return not row["is_ours"] and not row["is_partial"] and not row["version"].startswith(PACKAGE)
 
 
 def chart(folder: Path = pages.RESULTS) -> str:
@@ -80,7 +80,7 @@ def chart(folder: Path = pages.RESULTS) -> str:
         fastest: dict[tuple[str, str], Any] = {}
         for row in results["rows"]:
             case = row["op"], row["what"]
-            if row["grid"] == "headline" and row["times_ours"] is not None and goals.is_rival(row) and case in CHARTED:
+            if row["grid"] == "headline" and row["times_ours"] is not None and is_rival(row) and case in CHARTED:
                 fastest[case] = min(fastest.get(case, row), row, key=lambda row: row["times_ours"])
         if fastest:
             lines.append((results["machine"]["device"], None, ""))

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.baselines.flash_prefix import FlashAttn, flash_prefix
-from benchmarks.baselines.flashmask import FLASHMASK
+from benchmarks.baselines.flash_prefix import flash_prefix
 from benchmarks.baselines.packed import Attention, PackedCase
-from benchmarks.harness.candidate import Candidate, not_installed
+from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Work
 
 MOST_ROWS_EAGER = 1 << 14  # beyond this ``create_block_mask`` is compiled, as it would otherwise make the whole M x M mask
@@ -69,21 +68,11 @@ def no_flash_prefix(case: PackedCase) -> str | None:
     return None
 
 
-def no_flash_attn(case: PackedCase) -> str | None:
-    if case.device.type != "cuda":
-        return "this kernel is for GPUs"
-    if case.what == "forward+backward":
-        return "flash-attn's public functions have no gradient for parts joined by their LSE"
-    return not_installed("flash-attn") or no_flash_prefix(case)
-
-
 BASELINES = [
     Candidate("FlexAttention, compiled", flex, why_not=no_flex_backward, compiles=True),
     Candidate(
         "FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True
     ),
-    FLASHMASK,
     Candidate("flash prefix + own block (PyTorch)", flash_prefix, why_not=no_flash_prefix),
-    Candidate("flash prefix + own block (flash-attn)", partial(flash_prefix, flash=FlashAttn), "flash-attn", no_flash_attn),
     Candidate("SDPA, dense mask", dense, needs=dense_needs),
 ]

@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.baselines.attention import dense, dense_needs, flex, no_flex_backward, no_flex_flash
 from benchmarks.baselines.exact import exact_rows
-from benchmarks.baselines.flashmask import FLASHMASK
 from benchmarks.baselines.packed import Attention
 from benchmarks.harness.candidate import Candidate, not_installed
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, Wrong, judge
@@ -242,16 +241,6 @@ def repeated_needs(case: BranchCase) -> Work:
     return work_of(case, case.pairs_repeated)
 
 
-def flash(case: BranchCase) -> Repeated:
-    """flash-attn, one call for the copies of each length."""
-    from flash_attn import flash_attn_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
-
-    return Repeated(attend)
-
-
 def grouped(case: BranchCase) -> Attention:
     """PrefixGrouper: the prompt once, then each completion over the prompt and itself. Its masks are made beforehand."""
     from prefix_grouper import PrefixGrouper
@@ -272,12 +261,6 @@ def no_copies(case: BranchCase) -> str | None:
     return "the text has no queries, so copies of it would be compared with less work" if case.skipped else None
 
 
-def no_flash(case: BranchCase) -> str | None:
-    if case.device.type != "cuda":
-        return "this kernel is for GPUs"
-    return no_copies(case) or not_installed("flash-attn")
-
-
 def no_groups(case: BranchCase) -> str | None:
     if case.grid in _layouts:
         return "it takes one row for each prompt, with padding"
@@ -290,8 +273,6 @@ BASELINES = [
     Candidate(
         "FlexAttention, FLASH", partial(flex, options={"BACKEND": "FLASH"}), "flash-attn-4", no_flex_flash, compiles=True
     ),
-    FLASHMASK,
-    Candidate("flash-attn, repeated prompts", flash, "flash-attn", no_flash),
     Candidate("PrefixGrouper", grouped, "prefix-grouper", no_groups),
     Candidate("SDPA, dense mask", dense, needs=dense_needs),
 ]

@@ -13,14 +13,11 @@ from torch import Tensor
 from benchmarks.baselines.packed import Attention, PackedCase
 
 
-def flash_prefix(case: PackedCase, flash: Any = None) -> Attention:
+def flash_prefix(case: PackedCase) -> Attention:
     """For one s, the rows s of all anchors see a causal triangle of the text. So the S rows of N thoughts are passed to the
     flash attention as additional query heads.
-
-    Args:
-        flash: CPUFlash, GPUFlash or FlashAttn. By default the one of PyTorch for the case's device.
     """
-    flash = flash or (CPUFlash if case.device.type == "cpu" else GPUFlash)
+    flash = CPUFlash if case.device.type == "cpu" else GPUFlash
     merge = partial(_Merged.apply, flash, case.B, case.L, case.N)
     return lambda q, k, v: merge(q, k, v, case.S, case.last_row)
 
@@ -55,18 +52,6 @@ class GPUFlash:
         *lengths, seed, offset = rest
         op = torch.ops.aten._scaled_dot_product_flash_attention_backward
         return op(grad_out, q, k, v, out, lse, *lengths, 0.0, True, seed, offset)
-
-
-class FlashAttn:
-    """The package flash-attn, forward only."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple]:
-        from flash_attn import flash_attn_func
-
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
-        return out.transpose(1, 2), lse, ()
 
 
 class _Merged(torch.autograd.Function):

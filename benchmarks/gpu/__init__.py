@@ -1,1 +1,1 @@
-"""``make gpu``: correctness, build, tests, benchmarks, goals and sanitizers of a GPU in one command."""
+"""``make gpu``: correctness, build, tests, benchmarks and sanitizers of a GPU in one command."""

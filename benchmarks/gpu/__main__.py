@@ -10,8 +10,7 @@ the next one may use. RESULTS gets <device>.json, written after every case, <dev
 as text, and with matplotlib plots. What did not run is listed by name. If the command is interrupted, all that was measured so
 far is kept. A stage that runs again replaces what it measured before.
 
-The exit code is 1 if a test or a memory check fails or an operation gives wrong results. A missed goal is reported, but it is
-not a failure.
+The exit code is 1 if a test or a memory check fails or an operation gives wrong results.
 """
 
 from __future__ import annotations
@@ -77,10 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def listed(stages: Sequence[Stage]) -> Iterator[str]:
     """What each stage does in which seconds, the cases of its benchmarks and the baselines of each."""
     sys.path.append(str(ROOT / "python"))  # nothing may be installed
-    from benchmarks import command
-    from benchmarks.run import BENCHMARKS
+    from benchmarks import run
 
-    at, parser = 0.0, command.make_parser([*BENCHMARKS.values()], None)
+    at, parser = 0.0, run.make_parser()
     for stage in stages:
         yield f"{at:4.0f} s to {at + stage.seconds:3.0f} s  {stage.name}: {STAGES[stage.name][1]}"
         at += stage.seconds
@@ -88,24 +86,20 @@ def listed(stages: Sequence[Stage]) -> Iterator[str]:
             if name.partition(",")[0] != stage.name:
                 continue
             args = parser.parse_args([*ROWS[name].options, "--device", "cuda"])
-            for benchmark, case in command.select([*BENCHMARKS.values()], args):
-                against = "; ".join(candidate.name for candidate in command.baselines(args, benchmark, case))
+            for benchmark, case in run.select(args):
+                against = "; ".join(candidate.name for candidate in run.baselines(args, benchmark, case))
                 yield f"{'':17}{case}{f', against {against}' if against else ''}"
     yield f"{at:.0f} s together"
 
 
 def summary(results: dict[str, Any]) -> str:
     """The results that matter most, as Markdown that fits on one page."""
-    rows, of_gpu = results["rows"], results | {"machine": results["machine"] | {"kind": "cuda"}}  # in a rehearsal, too
-    headline = [row for row in rows if row["grid"] == "headline" and row["is_ours"]]
+    headline = [row for row in results["rows"] if row["grid"] == "headline" and row["is_ours"]]
     lines = ["", f"## {results['machine']['device']}", "", *tables.device_lines(results), ""]
-    goals = tables.goal_cells(of_gpu)
-    lines += tables.markdown_table(["goal", "target", "reached", "verdict"], goals)
-    lines += ["", *tables.markdown_table(*tables.stage_table(results["stages"])), ""]
+    lines += [*tables.markdown_table(*tables.stage_table(results["stages"])), ""]
     body = [[f"{row['op']}, {tables.case_of(row)}", *tables.cells(row)[1:]] for row in headline]
     lines += tables.markdown_table(tables.HEADER, body) if body else ["No benchmark has measured anything."]
-    counts = ", ".join(f"{[cells[-1] for cells in goals].count(word)} {word}" for word in ("pass", "miss", "not measured"))
-    return "\n".join([*lines, "", f"Goals: {counts}.", *missing(of_gpu)])
+    return "\n".join([*lines, "", *missing(results)])
 
 
 if __name__ == "__main__":

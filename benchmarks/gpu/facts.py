@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import command
 from benchmarks.harness.memory import cache_size
 from benchmarks.report import results_file, tables, units
 
@@ -25,7 +24,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rates to this results file")
     parser.add_argument("--ceiling-size", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    results = command.begin(args, [torch.bfloat16], "python -m benchmarks.gpu.facts")
+    command = "python -m benchmarks.gpu.facts"
+    results = results_file.begin(args.json, args.device, [torch.bfloat16], command, args.ceiling_size)
     if args.json:
         results_file.save(results, args.json)
     found = [tables.peak_line(results["ceilings"]), f"Last-level cache {units.memory(cache_size(args.device))}."]

@@ -54,7 +54,7 @@ ROWS = {
     "peers": Rows(
         ATTENTION,
         ("text", "headline", "many pairs", "prompt", "prompts", "drafter"),
-        ("FlexAttention, FLASH", "FlashMask", "SDPA, repeated prompts"),
+        ("FlexAttention, FLASH", "SDPA, repeated prompts"),
     ),
     "step, 8B": Rows(("step",), ("Llama 8B, LoRA",)),
     "step": Rows(("step",), ("0.6B", "0.6B, four layers"), ("QuietStar",)),

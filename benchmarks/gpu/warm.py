@@ -21,14 +21,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are as many
 
 import torch  # noqa: E402
 
-from benchmarks import command  # noqa: E402
+from benchmarks import run  # noqa: E402
 from benchmarks.harness.benchmark import Benchmark  # noqa: E402
 from benchmarks.harness.candidate import PACKAGE, Candidate  # noqa: E402
 from benchmarks.harness.case import Case  # noqa: E402
 from benchmarks.harness.compare import as_note  # noqa: E402
-from benchmarks.run import BENCHMARKS  # noqa: E402
 
-ALL = [*BENCHMARKS.values()]
 Task = tuple[str, int, str]  # options of ``benchmarks.run``, the place of a case among those they select, a candidate's name
 
 
@@ -61,15 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parsed(options: str) -> argparse.Namespace:
-    return command.make_parser(ALL, None).parse_args(shlex.split(options))
+    return run.make_parser().parse_args(shlex.split(options))
 
 
 def selected(options: str) -> list[tuple[Benchmark, Case]]:
-    return command.select(ALL, parsed(options))
+    return run.select(parsed(options))
 
 
 def compiling(options: str, benchmark: Benchmark, case: Case) -> list[Candidate]:
-    others = command.baselines(parsed(options), benchmark, case)
+    others = run.baselines(parsed(options), benchmark, case)
     some = [candidate for candidate in others if candidate.package == PACKAGE or candidate.compiles]
     mine = [] if benchmark.op == "host" else [benchmark.ours]  # whose kernels are tiny, or empty
     return [candidate for candidate in (*mine, *some) if candidate.why_not(case) is None]

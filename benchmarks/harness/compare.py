@@ -109,8 +109,7 @@ def compare(
     Raises:
         Gone: a candidate took the device down.
     """
-    mine = blank(case, ours)
-    mine.is_ours = True
+    mine = blank(case, ours, is_ours=True)
     rows, rounds = [mine], Timing()
     try:
         my_function = _checked(case, ours, mine, rates, effort)
@@ -196,20 +195,11 @@ def _fill(row: Row, case: Case, rates: dict[str, float], timing: Timing) -> None
     row.note = "timed without a CUDA graph" if case.device.type == "cuda" and _is_short(timing) else ""
 
 
-def blank(case: Case, candidate: Candidate, note: str = "") -> Row:
+def blank(case: Case, candidate: Candidate, note: str = "", is_ours: bool = False) -> Row:
     """A row without numbers."""
-    sizes, dtype = case.sizes, name_of(case.dtype)
-    return Row(
-        case.op,
-        case.grid,
-        case.what,
-        dtype,
-        sizes,
-        candidate.name,
-        candidate.version,
-        is_partial=candidate.is_partial,
-        note=note,
-    )
+    about = {"op": case.op, "grid": case.grid, "what": case.what, "dtype": name_of(case.dtype), "sizes": case.sizes}
+    about |= {"candidate": candidate.name, "version": candidate.version, "is_partial": candidate.is_partial}
+    return Row(**about, note=note, is_ours=is_ours)
 
 
 def fill(row: Row, case: Case, rates: dict[str, float], seconds: float) -> None:

@@ -22,7 +22,6 @@ PACKAGES = (
     "torch",
     "triton",
     "transformers",
-    "flash-attn",
     "flash-attn-4",
     "nvidia-cutlass-dsl",
     "liger-kernel",

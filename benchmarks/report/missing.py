@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.report import goals, tables, units
+from benchmarks.report import tables, units
 from benchmarks.report.results_file import is_open
 
 UNFINISHED = "started, not finished"
@@ -13,7 +13,7 @@ NO_TIME = "not run: no time was left"
 
 
 def missing(results: dict[str, Any]) -> list[str]:
-    """Stages, goals, cases and candidates without a result, by name, one sentence per kind."""
+    """Stages, cases and candidates without a result, by name, one sentence per kind."""
     lines = results["stages"]
     names = [line["stage"].partition(",")[0] for line in lines]
     late = [line["stage"] for line in lines if line["note"] == NO_TIME]
@@ -29,7 +29,6 @@ def missing(results: dict[str, Any]) -> list[str]:
     found = {
         "Not run": [*(name for name in results.get("plan", ()) if name not in names), *late],
         "Stopped": stopped,
-        "Goals not measured": [what for what, *_, verdict in tables.goal_cells(results) if verdict == goals.OPEN],
         "Cases not reached": [case if "" in late else f"{case}: {', '.join(late)}" for case, late in open_cases.items()],
         "Without a time": [f"{op}, {name}, {units.count(size, 'case')}: {note}" for (op, name, note), size in without.items()],
     }

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.harness.machine import slug
 from benchmarks.report import results_file
 from benchmarks.report.missing import missing
-from benchmarks.report.tables import HEADER, TITLES, by_case, cells, device_lines, goal_cells, markdown_table, stage_table
+from benchmarks.report.tables import HEADER, TITLES, by_case, cells, device_lines, markdown_table, stage_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 READING = (
@@ -27,14 +27,7 @@ def page(results: dict[str, Any], plots: Sequence[Path] = ()) -> str:
     """``results/<device>.md``."""
     rows = results["rows"]
     lines = [f"# {results['machine']['device']}", "", *device_lines(results), ""]
-    lines += [
-        f"Measured by `{results['command']}`. {READING}",
-        "",
-        "## Goals",
-        "",
-        *markdown_table(["goal", "target", "reached", ""], goal_cells(results)),
-        "",
-    ]
+    lines += [f"Measured by `{results['command']}`. {READING}", ""]
     if "stages" in results:
         lines += ["## Stages", "", *markdown_table(*stage_table(results["stages"])), ""]
         lines += ["## Missing", "", *(f"- {line}" for line in missing(results) or ["Nothing."]), ""]

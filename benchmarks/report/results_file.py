@@ -9,20 +9,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness.compare import bound
-from benchmarks.harness.machine import COPY
+from benchmarks.harness.machine import COPY, ceilings, describe
 from benchmarks.report.committed import as_json
 
 RowDict = dict[str, Any]  # a ``harness.compare.Row``, as it is stored
 CASE = ("op", "grid", "what", "dtype", "sizes")
 OUT_OF_TIME, NOT_REACHED = "not run: out of time", "not reached"
 MEASURED = "measured on "
+AND = "` and `"  # between the commands of a file that several runs have filled; a page shows them as code
 DOUBT = "The copy was timed as a memory copy in a CUDA graph alone and is in doubt, so shares of it may be too high."
 
 
 def load(path: Path) -> dict[str, Any]:
     """The keys are "machine", "ceilings", "command" and "rows", and after ``make gpu`` also "plan" and "stages"."""
     return json.loads(path.read_text())
+
+
+def begin(
+    path: Path | None, device: torch.device, dtypes: Sequence[torch.dtype], command: str, ceiling_size: int | None = None
+) -> dict[str, Any]:
+    """Results without new rows. They include what the file already has of this device, under the highest peak rates."""
+    machine, rates = describe(device), ceilings(device, dtypes, ceiling_size)
+    results: dict[str, Any] = {"machine": machine, "ceilings": rates, "command": command, "rows": []}
+    if path and path.exists():
+        before = load(path)
+        if all(before["machine"].get(name, machine[name]) == machine[name] for name in ("device", "instructions")):
+            rates |= {name: max(rate, rates.get(name, 0.0)) for name, rate in before["ceilings"].items()}
+            rows = [under(rates, dated(row, before["machine"])) for row in before["rows"]]
+            commands = dict.fromkeys([*before["command"].split(AND), command])
+            results = before | results | {"ceilings": rates, "rows": rows, "command": AND.join(commands)}
+    return results
 
 
 def save(results: dict[str, Any], path: Path) -> None:
@@ -41,14 +60,6 @@ def copy_in_doubt(results: dict[str, Any]) -> bool:
     """Whether a GPU's copy was timed in one way alone, as before there were rates for each."""
     rates = results["ceilings"]
     return results["machine"]["kind"] == "cuda" and "copy" in rates and not any(name.startswith(COPY) for name in rates)
-
-
-def rows_to_judge(results: dict[str, Any]) -> list[RowDict]:
-    """The rows without shares of a copy that is in doubt, which decide no goal."""
-    if not copy_in_doubt(results):
-        rows: list[RowDict] = results["rows"]
-        return rows
-    return [row | {"of_roofline": None} if row.get("bound_by") == "copy" else row for row in results["rows"]]
 
 
 def dated(row: RowDict, machine: dict[str, Any]) -> RowDict:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.harness.machine import COPY
-from benchmarks.report import goals, results_file, units
+from benchmarks.report import results_file, units
 from benchmarks.report.results_file import RowDict
 
 TITLES = {
@@ -75,46 +75,27 @@ def by_case(rows: Iterable[RowDict]) -> Iterable[tuple[str, list[RowDict]]]:
 def print_case(rows: Sequence[RowDict]) -> None:
     """One case's table in the terminal."""
     title = f"{rows[0]['op']}, {rows[0]['grid']}: {case_of(rows[0])}"
-    print_table(title, HEADER, [cells(row) for row in rows], bold=[row["is_ours"] for row in rows])
+    print_table(title, HEADER, [cells(row) for row in rows])
 
 
-def print_goals(results: dict[str, Any]) -> None:
-    """Those that the rows decide."""
-    if decided := [cells for cells in goal_cells(results) if cells[-1] != goals.OPEN]:
-        print_table("Goals", ["goal", "target", "reached", ""], decided)
+def print_table(title: str, header: list[str], body: list[list[str]]) -> None:
+    """Empty columns are left out."""
+    lines = with_columns(header, body)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def goal_cells(results: dict[str, Any]) -> list[list[str]]:
-    rows = results_file.rows_to_judge(results)
-    return [[goal.what, *goal.verdict(rows)] for goal in goals.of(results["machine"]["kind"])]
-
-
-def print_table(title: str, header: list[str], body: list[list[str]], bold: Sequence[bool] = ()) -> None:
-    """Print with rich if it is installed. Empty columns are left out."""
+def with_columns(header: list[str], body: list[list[str]]) -> list[list[str]]:
+    """Header and body without the columns that are empty in the body."""
     keep = [i for i in range(len(header)) if any(line[i] for line in body)]
-    header, body = [header[i] for i in keep], [[line[i] for i in keep] for line in body]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        print(f"\n{title}")
-        for line in (header, *body):
-            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
-    for i, line in enumerate(body):
-        table.add_row(*line, style="bold green" if i < len(bold) and bold[i] else None)
-    console = Console()
-    console.print()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    return [[line[i] for i in keep] for line in (header, *body)]
 
 
 def markdown_table(header: list[str], body: list[list[str]]) -> list[str]:
-    keep = [i for i in range(len(header)) if any(line[i] for line in body)]
-    lines = [[header[i] for i in keep], ["---"] * len(keep), *([line[i] for i in keep] for line in body)]
+    head, *lines = with_columns(header, body)
+    lines = [head, ["---"] * len(head), *lines]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 

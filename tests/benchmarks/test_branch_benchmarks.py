@@ -1,16 +1,13 @@
 """The benchmark of branches: what its cases count, and that its baselines compute the same."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.baselines import flashmask
 from benchmarks.baselines.branches import BASELINES, BranchCase
 from benchmarks.bench_branches import BENCHMARK, smoke
 from benchmarks.harness.case import Wrong
-from quietstar_kernels import ThoughtLayout
 
 CPU = torch.device("cpu")
 CASES = {case.grid: case for case in smoke(CPU) if case.what == "forward"}
@@ -49,38 +46,3 @@ def test_a_wrong_result_is_refused(grid):
     for wrong in (lambda q, k, v: function(q, k, v.flip(2)), lambda q, k, v: function(q, k, v) + 0.01 * q):
         with pytest.raises(Wrong):
             case.check(wrong)
-
-
-LAYOUTS = {
-    "every position": ThoughtLayout.every_position(2, 7, 2, 3),
-    "prompt": BranchCase(L=9, C=3, S=4).layout,
-    "unequal": ThoughtLayout.packed(torch.tensor([[0, 4, 4, 6]]), torch.tensor([[3, 1, 5, 2]]), 8),
-    "no branch sees the end": ThoughtLayout.packed(torch.tensor([[2]]), torch.tensor([[3]]), 8),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_flashmask_hides_what_a_branch_does_not_see(name):
-    """In the words of its README: a key is masked for rows from the first of two numbers to the second, below the diagonal."""
-    layout = LAYOUTS[name]
-    first, end = flashmask.hidden_rows(layout).unbind(-1)
-    row, key = torch.arange(layout.M)[:, None], torch.arange(layout.M)
-    seen = (key <= row) & ~((row >= first) & (row < end))
-    assert torch.equal(seen, layout.dense_mask())
-
-
-@pytest.mark.parametrize(
-    "layout, reason",
-    [
-        (LAYOUTS["unequal"], None),
-        (ThoughtLayout.at(torch.tensor([[1, 3]]), 1, 2, text_length=6, own="full"), "more than an interval"),
-        (ThoughtLayout.packed(torch.tensor([[4, -1]]), torch.tensor([[2, 0]]), 6), "more than an interval"),
-        (CASES["prompts"].layout, "more than an interval"),
-    ],
-)
-def test_flashmask_is_asked_for_no_other_masks(layout, reason, monkeypatch):
-    case = SimpleNamespace(device=torch.device("cuda"), layout=layout)
-    assert "is not installed here" in flashmask.no_flashmask(case)
-    monkeypatch.setattr(flashmask, "find_spec", lambda name: True)
-    found = flashmask.no_flashmask(case)
-    assert found is None if reason is None else reason in found

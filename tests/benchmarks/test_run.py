@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import bench_sample_token, bench_thought_attention, bench_thought_decode, command
+from benchmarks import bench_sample_token, bench_thought_attention, bench_thought_decode, run
 from benchmarks.baselines.head import SAMPLERS
 from benchmarks.harness import machine
 from benchmarks.harness.candidate import Candidate
@@ -11,17 +11,13 @@ from benchmarks.harness.clock import Timing
 from benchmarks.harness.compare import compare
 from benchmarks.harness.machine import ceilings, describe
 from benchmarks.report import pages, results_file, tables
-from benchmarks.run import BENCHMARKS
+from benchmarks.run import BENCHMARKS, main
 from quietstar_kernels.cpu import _library
 
 pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--ceiling-size", "64"]
 COLUMNS = ("seconds", "times_ours", "flops_rate", "of_roofline", "roofline", "peak_bytes")
-
-
-def main(argv):
-    command.main([*BENCHMARKS.values()], "", argv)
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +80,6 @@ def test_running_out_of_time_is_reported(tmp_path):
     assert all(row["note"] == "not run: out of time" and row["seconds"] is None for row in rows)
 
 
-def test_goals_are_those_of_what_ran(tmp_path, monkeypatch, capsys):
-    """Not those of rows that the file has from before, and none of the smallest cases."""
-    file, small = tmp_path / "rows.json", bench_sample_token.smoke(CPU)
-    monkeypatch.setattr(bench_sample_token.BENCHMARK, "cases", lambda device, full: small)
-    main(["--op", "branches", "--smoke", *TINY, "--against", "SDPA, repeated", "--json", str(file)])
-    assert "Goals" not in capsys.readouterr().out
-    main(["--op", "sample_token", *TINY, "--against", "matmul, softmax, multinomial", "--json", str(file)])
-    printed = capsys.readouterr().out
-    goals = printed[printed.index("\nGoals") :]
-    assert "sample_token, speedup over matmul, softmax, multinomial" in goals and "branches" not in goals
-    assert "not measured" not in goals and not any(line.startswith("Written") for line in printed.splitlines())
-
-
 def test_a_wrong_result_of_ours_fails_the_run(monkeypatch, tmp_path):
     wrong = Candidate("sample_token", lambda case: lambda hidden, weight: hidden @ weight.T * 2)
     monkeypatch.setattr(bench_sample_token.BENCHMARK, "ours", wrong)
@@ -111,7 +94,7 @@ def test_ours_stays_where_a_baseline_takes_the_device_down(tmp_path, monkeypatch
         write(compare(case, ours, [], rates, effort))
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(command, "compare", broken)
+    monkeypatch.setattr(run, "compare", broken)
     file = tmp_path / "rows.json"
     with pytest.raises(SystemExit, match="the device is gone"):
         main(["--op", "sample_token", "--smoke", *TINY, "--json", str(file)])
