@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work
-from benchmarks.harness.compare import Effort, Row, Write, blank, nowhere
+from benchmarks.harness.compare import Conditions, Row, blank
 
 ROOT = Path(__file__).parents[1]
 OPS = ("attention forward+backward", "decode", "sample_token", "attention forward")
@@ -70,24 +70,16 @@ def _all(device: str, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def compare(
-    case: HostCase,
-    ours: Candidate,
-    baselines: Sequence[Candidate],
-    rates: dict[str, float],
-    effort: Effort,
-    write: Write = nowhere,
-) -> list[Row]:
+def compare(case: HostCase, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
     """A row for the call and one for each part of it."""
     seconds = case.call(ours.prepare(case), {})
-    whole = blank(case, ours)
-    whole.is_ours, whole.rounds, whole.seconds, whole.times_ours = True, case.rounds, seconds["call"], 1.0
-    rows = [whole]
-    for part, name in PARTS.items():
-        row = blank(case, ours)
-        row.candidate, row.is_partial, row.rounds, row.seconds = name, True, case.rounds, seconds[part]
-        rows.append(row)
-    return rows
+    whole = blank(case, ours, is_ours=True)
+    whole.rounds, whole.seconds, whole.times_ours = case.rounds, seconds["call"], 1.0
+    parts = [
+        replace(whole, candidate=PARTS[part], is_ours=False, is_partial=True, seconds=seconds[part], times_ours=None)
+        for part in PARTS
+    ]
+    return [whole, *parts]
 
 
 OURS = Candidate("a call", measured, package=PACKAGE)

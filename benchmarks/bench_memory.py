@@ -7,7 +7,6 @@ compiles, since the benchmark is about memory. The grid "chunk" varies the size 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +19,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
-from benchmarks.harness.compare import Effort, Row, Write, blank, fill, nowhere
-from benchmarks.harness.memory import peak_memory
+from benchmarks.harness.compare import Conditions, Row, blank, fill, run_once
 from quietstar import QuietStar, ThoughtConfig
 
 SEED = 0
@@ -99,33 +97,24 @@ def make_step(case: MemoryCase, chunk: int | None) -> Step:
     return step
 
 
-def compare(
-    case: MemoryCase,
-    ours: Candidate,
-    baselines: Sequence[Candidate],
-    rates: dict[str, float],
-    effort: Effort,
-    write: Write = nowhere,
-) -> list[Row]:
+def compare(case: MemoryCase, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
     """A row for each candidate, from a single run.
 
     Raises:
         Wrong: the losses or gradients differ.
     """
-    inputs, rows, found = case.inputs(seed=1), [], []
+    inputs, rows, truth = case.inputs(seed=1), [], None
     for candidate in (ours, *baselines):
+        rows.append(row := blank(case, candidate, is_ours=candidate is ours))
         step = candidate.prepare(case)
-        row = blank(case, candidate)
         if case.device.type == "cuda":
             case.call(step, inputs)
-        began = time.perf_counter()
-        row.peak_bytes = peak_memory(lambda step=step: found.append(case.call(step, inputs)), case.device)
-        fill(row, case, rates, time.perf_counter() - began)
-        row.is_ours, row.rounds = candidate is ours, 1
-        row.times_ours = row.seconds / (rows[0].seconds if rows else row.seconds)
-        for what, got, truth in zip(("loss", "gradient"), found[-1], found[0], strict=True):
-            judge(f"{candidate.name}: {what}", got, truth, BOUNDS[case.dtype])
-        rows.append(row)
+        found, seconds, row.peak_bytes = run_once(case, step, inputs)
+        fill(row, case, conditions.rates, seconds)
+        row.rounds, row.times_ours = 1, seconds / rows[0].seconds
+        truth = truth or found
+        for what, got, exact in zip(("loss", "gradient"), found, truth, strict=True):
+            judge(f"{candidate.name}: {what}", got, exact, BOUNDS[case.dtype])
     return rows
 
 

@@ -26,7 +26,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Case, Inputs, Work, Wrong
-from benchmarks.harness.compare import Effort, Row, Write, blank, fill, nowhere
+from benchmarks.harness.compare import Conditions, Row, blank, fill
 from benchmarks.harness.memory import peak_memory
 from benchmarks.report import units
 from quietstar import QuietStar, ThoughtConfig
@@ -72,14 +72,7 @@ class NaiveCase(Case):
 
 
 @torch.no_grad()
-def compare(
-    case: NaiveCase,
-    ours: Candidate,
-    baselines: Sequence[Candidate],
-    rates: dict[str, float],
-    effort: Effort,
-    write: Write = nowhere,
-) -> list[Row]:
+def compare(case: NaiveCase, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
     """A row for each method. They are checked at a few positions before they are timed, and at all positions afterwards.
 
     Raises:
@@ -89,13 +82,12 @@ def compare(
     few = case.anchors[:: max(1, case.P // 3)]
     check(case, few, {name: run(few) for name, run in methods.items()})
     first, _ = (seconds_of(methods[BATCHED], case.anchors) for _ in range(WARM_UP))
-    seconds, thoughts = take_turns(methods, case.anchors, effort.rounds)
+    seconds, thoughts = take_turns(methods, case.anchors, conditions.effort.rounds)
     by_rounding = check(case, case.anchors, thoughts)
     rows = []
     for candidate in (ours, *baselines):
-        row = blank(case, candidate)
-        row.is_ours = candidate is ours
-        fill(row, case, rates, seconds[candidate.name])
+        rows.append(row := blank(case, candidate, is_ours=candidate is ours))
+        fill(row, case, conditions.rates, seconds[candidate.name])
         row.rounds = 1
         row.times_ours = seconds[candidate.name] / seconds[ours.name]
         last = case.anchors if candidate is ours else case.anchors[-1:]
@@ -104,7 +96,6 @@ def compare(
         if differ := by_rounding[candidate.name]:
             notes.append(f"{differ} thoughts differ because of rounding")
         row.note = ", ".join(notes)
-        rows.append(row)
     return rows
 
 

@@ -8,7 +8,6 @@ token has a bias that ends them after about 0.4 T. The note says what their mean
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +22,7 @@ from benchmarks.baselines.online import END, SEED, START, AnchorByAnchor, Sequen
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
 from benchmarks.harness.case import Inputs, Work, Wrong, judge
-from benchmarks.harness.compare import Effort, Row, Write, as_note, blank, check_device, fill, nowhere
-from benchmarks.harness.memory import peak_memory
+from benchmarks.harness.compare import Conditions, Row, as_note, blank, check_device, fill, run_once
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.testing import byte_tokenizer
 
@@ -128,52 +126,36 @@ class Packed(Way):
         return ids.masked_fill(torch.arange(self.case.T, device=ids.device) >= lengths[..., None], -1)
 
 
-def compared(
-    case: OnlineCase,
-    ours: Candidate,
-    baselines: Sequence[Candidate],
-    rates: dict[str, float],
-    effort: Effort,
-    write: Write = nowhere,
-) -> list[Row]:
+def compared(case: OnlineCase, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
     """Time and memory of one run of each, since a baseline takes minutes, with a run of ours after it.
 
     On a GPU a run that compiles comes first. Thoughts are compared once more: at this size rounding changes a few.
     """
     rows, inputs = [], case.inputs(seed=1)
     for candidate in (ours, *baselines):
-        rows.append(row := blank(case, candidate))
-        row.is_ours = candidate is ours
+        rows.append(row := blank(case, candidate, is_ours=candidate is ours))
         try:
             way = candidate.prepare(case)
             case.check(way)
             if case.device.type == "cuda":
-                once(case, way, inputs)
-            thoughts, seconds, row.peak_bytes = once(case, way, inputs)
+                run_once(case, way, inputs)
+            thoughts, seconds, row.peak_bytes = run_once(case, way, inputs)
             if row.is_ours:
                 mine, wanted = way, thoughts
             differ = int((thoughts != wanted).any(-1).sum())
             if case.dtype == torch.float32 and differ > wanted[..., 0].numel() / 50:
                 raise Wrong(f"{differ} of {wanted[..., 0].numel()} thoughts differ")
-            row.times_ours = 1.0 if row.is_ours else seconds / once(case, mine, inputs)[1]
+            row.times_ours = 1.0 if row.is_ours else seconds / run_once(case, mine, inputs)[1]
         except Exception as error:  # as in ``compare``
             row.note = as_note(error)
             check_device(case.device, error)
             continue
-        fill(row, case, rates, seconds)
+        fill(row, case, conditions.rates, seconds)
         row.rounds, row.note = 1, f"thoughts of {float(case.lengths.float().mean()):.0f} tokens"
         if differ:
             row.note += f", {differ} differ because of rounding"
-        write(rows)
+        conditions.write(rows)
     return rows
-
-
-def once(case: OnlineCase, way: Way, inputs: Inputs) -> tuple[Tensor, float, int | None]:
-    """Thoughts, seconds and bytes of a run."""
-    found: list[Tensor] = []
-    began = time.perf_counter()
-    peak = peak_memory(lambda: found.append(case.call(way, inputs)), case.device)
-    return found[0], time.perf_counter() - began, peak
 
 
 OURS = Candidate("QuietStar", Packed, PACKAGE)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.attention import BASELINES
-from benchmarks.baselines.exact import exact_rows
+from benchmarks.baselines.exact import judge_rows, only_rows
 from benchmarks.baselines.packed import Attention, PackedCase
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
-from benchmarks.harness.case import BOUNDS, Inputs, Work, Wrong, judge
+from benchmarks.harness.case import Inputs, Work
 from quietstar_kernels import thought_attention
 from quietstar_kernels.cpu import _library
 
@@ -76,18 +76,9 @@ class AttentionCase(PackedCase):
 
     def check(self, function: Attention) -> None:
         """Compare some rows with exact ones. The output's gradient is 0 in all others, so that the exact result is cheap."""
-        inputs = self.inputs(seed=0)
-        rows = self._some_rows()
-        grad_out = torch.zeros_like(inputs["grad_out"])
-        grad_out[:, :, rows] = inputs["grad_out"][:, :, rows]
-        got = self.call(function, inputs | {"grad_out": grad_out})
-        if not all(x.isfinite().all() for x in got):
-            raise Wrong("some results are not finite")
-        sees = self.sees(rows[:, None], torch.arange(self.M, device=self.device))
-        exact = exact_rows(sees, rows, *(inputs[name].detach() for name in ("q", "k", "v", "grad_out")))
-        some = (got[0][:, :, rows], got[1][:, :, rows], *got[2:]) if len(got) > 1 else (got[0][:, :, rows],)
-        for name, x, truth in zip(("out", "dq", "dk", "dv"), some, exact, strict=False):
-            judge(name, x, truth, BOUNDS[self.dtype])
+        inputs, rows = self.inputs(seed=0), self._some_rows()
+        inputs["grad_out"] = only_rows(inputs["grad_out"], rows)
+        judge_rows(self, rows, self.call(function, inputs), **inputs)
 
     def _some_rows(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.attention import BASELINES
+from benchmarks.baselines.exact import judge_rows
 from benchmarks.baselines.packed import Attention, PackedCase
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, by_back_end
-from benchmarks.harness.case import BOUNDS, Inputs, Work, judge
+from benchmarks.harness.case import Inputs, Work
 from quietstar_kernels import thought_decode
 
 CHECKED = 64  # thoughts whose result is compared
@@ -63,15 +64,8 @@ class DecodeCase(PackedCase):
     def check(self, function: Attention) -> None:
         """Compare the rows of some thoughts with exact ones."""
         inputs = self.inputs(seed=0)
-        got = self.call(function, inputs)
         some = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))[:CHECKED].to(self.device)
-        dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
-        q, k, v = (inputs[name].to(dtype) for name in "qkv")
-        blind = ~self.sees(some[:, None], torch.arange(self.M, device=self.device))
-        q = q[:, :, some].unflatten(1, (self.G, -1))
-        scores = (self.K**-0.5 * q @ k[:, :, None].transpose(-1, -2)).masked_fill_(blind, -torch.inf)
-        truth = (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
-        judge("out", got[:, :, some], truth, BOUNDS[self.dtype])
+        judge_rows(self, some, [self.call(function, inputs)], **inputs, grad_out=torch.zeros_like(inputs["q"]))
 
 
 def ours(case: DecodeCase, backend: str = "auto") -> Attention:

@@ -15,7 +15,7 @@ from benchmarks.baselines.packed import Attention
 from benchmarks.baselines.trees import BASELINES, TreeCase, sizes, times_the_pairs
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
-from benchmarks.harness.compare import Effort, Row, Write, compare, nowhere
+from benchmarks.harness.compare import Conditions, Row, compare
 from quietstar_kernels import thought_attention
 
 
@@ -38,16 +38,9 @@ def smoke(device: torch.device) -> list[TreeCase]:
     return [TreeCase(**small, grid=grid, L=L, what=what) for grid, L, what in kinds]
 
 
-def with_pairs(
-    case: TreeCase,
-    ours: Candidate,
-    baselines: Sequence[Candidate],
-    rates: dict[str, float],
-    effort: Effort,
-    write: Write = nowhere,
-) -> list[Row]:
+def with_pairs(case: TreeCase, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
     """``compare``, with the pairs that each baseline computes beside its time."""
-    rows = compare(case, ours, baselines, rates, effort, write)
+    rows = compare(case, ours, baselines, conditions)
     for row, baseline in zip(rows[1:], baselines, strict=True):
         if row.seconds is not None:
             row.note = f"{times_the_pairs(case, baseline):.2f} times the pairs"

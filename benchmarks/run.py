@@ -19,7 +19,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from benchmarks import (
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Case
-from benchmarks.harness.compare import FAILED, FULL, QUICK, SMOKE, Effort, Row, as_note, blank, check_device, compare
+from benchmarks.harness.compare import FAILED, FULL, QUICK, SMOKE, Conditions, Row, as_note, blank, check_device, compare
 from benchmarks.harness.machine import device_name
 from benchmarks.report import pages, results_file, tables, units
 from benchmarks.report.results_file import NOT_REACHED, OUT_OF_TIME
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write([waiting for benchmark, case in found for waiting in not_reached(args, benchmark, case)])
     effort = SMOKE if args.smoke else FULL if args.full else QUICK
     minutes = args.minutes if args.minutes is not None else float("inf") if args.full else MINUTES
-    for of_case in run(args, found, results["ceilings"], effort, began + 60 * minutes, write):
+    for of_case in run(args, found, Conditions(results["ceilings"], effort, write), began + 60 * minutes):
         write(of_case)
         tables.print_case([row.as_dict() for row in of_case])
         failed |= {row.key: row for row in of_case if row.is_ours and row.note.startswith(FAILED)}
@@ -190,26 +190,15 @@ def not_reached(args: argparse.Namespace, benchmark: Benchmark, case: Case, note
     return [blank(case, benchmark.ours, note, is_ours=True), *others]
 
 
-def run(
-    args: argparse.Namespace,
-    found: Found,
-    rates: dict[str, float],
-    effort: Effort,
-    deadline: float,
-    write: Callable[[list[Row]], None],
-) -> Iterator[list[Row]]:
-    """The rows of each case. A case that fails as a whole, or would start after the deadline, has one row with the reason.
-
-    Args:
-        write: is called with the rows of a case so far.
-    """
+def run(args: argparse.Namespace, found: Found, conditions: Conditions, deadline: float) -> Iterator[list[Row]]:
+    """The rows of each case. A case that fails as a whole, or would start after the deadline, has one row with the reason."""
     for benchmark, case in found:
         if time.monotonic() >= deadline:
             yield not_reached(args, benchmark, case, OUT_OF_TIME)
             continue
         against = baselines(args, benchmark, case)
         try:
-            yield (benchmark.compare or compare)(case, benchmark.ours, against, rates, effort, write)
+            yield (benchmark.compare or compare)(case, benchmark.ours, against, conditions)
         except Exception as error:
             check_device(case.device, error)
             yield [blank(case, benchmark.ours, as_note(error), is_ours=True)]

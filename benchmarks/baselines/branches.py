@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.baselines.attention import dense, dense_needs, flex, no_flex_backward, no_flex_flash
-from benchmarks.baselines.exact import exact_rows
+from benchmarks.baselines.exact import judge_rows, only_rows
 from benchmarks.baselines.packed import Attention
 from benchmarks.harness.candidate import Candidate, not_installed
-from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, Wrong, judge
+from benchmarks.harness.case import Case, Inputs, Work
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.branches import ANCHOR, LENGTH, START
 
@@ -171,22 +171,14 @@ class BranchCase(Case):
         generator = torch.Generator().manual_seed(0)
         rows = torch.randperm(self.layout.R, generator=generator)[:CHECKED].sort().values.to(self.device)
         rows = rows + self.layout.L - self.skipped
-        grad_out = torch.zeros_like(inputs["grad_out"])
-        grad_out[:, :, rows] = inputs["grad_out"][:, :, rows]
-        inputs["grad_out"] = grad_out
+        inputs["grad_out"] = only_rows(inputs["grad_out"], rows)
         inputs |= self._copies(inputs)
         results = self.call(function, inputs)
         if isinstance(function, Repeated):
             got = self._gathered(results, getattr(self, function.rows))
         else:
-            got = [x.detach() for x in results[0]]
-        if not all(x.isfinite().all() for x in got):
-            raise Wrong("some results are not finite")
-        sees = self.sees(rows[:, None], torch.arange(self.M, device=self.device))
-        q, k, v = (inputs[x] for x in "qkv")
-        exact = exact_rows(sees, rows, q, k, v, grad_out)
-        for i, (name, x) in enumerate(zip(("out", "dq", "dk", "dv"), got, strict=False)):
-            judge(name, x[:, :, rows] if i < 2 else x, exact[i], BOUNDS[self.dtype])
+            got = list(results[0])
+        judge_rows(self, rows, got, *(inputs[name] for name in _NAMES))
 
     def _gathered(self, results: list[tuple[Tensor, ...]], copies: list[Tensor]) -> list[Tensor]:
         """Results of copies in the shapes of packed ones: the gradients of a row's copies are added up."""

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from benchmarks.harness.case import BOUNDS, Wrong, judge
+
+
+def only_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` [B,H,M,K] in some rows, else 0: with such a gradient of the output, the exact ones take no more than these rows."""
+    return torch.zeros_like(x).index_copy(2, rows, x[:, :, rows])
+
+
+def judge_rows(case: Any, rows: Tensor, got: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> None:
+    """Compare some ``rows`` of a case's results, out and with a backward dq, dk and dv, with exact ones.
+
+    Raises:
+        Wrong: they differ, or any result is not finite.
+    """
+    if not all(x.isfinite().all() for x in got):
+        raise Wrong("some results are not finite")
+    sees = case.sees(rows[:, None], torch.arange(case.M, device=case.device))
+    exact = exact_rows(sees, rows, *(x.detach() for x in (q, k, v, grad_out)))
+    for name, x, truth in zip(("out", "dq", "dk", "dv"), got, exact, strict=False):
+        judge(name, x[:, :, rows] if name in ("out", "dq") else x, truth, BOUNDS[case.dtype])
 
 
 def exact_rows(

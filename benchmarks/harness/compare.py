@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,42 +89,47 @@ class Row:
         return asdict(self)
 
 
-Write = Callable[[list[Row]], None]
-
-
 def nowhere(rows: list[Row]) -> None:
     """Writes nothing."""
 
 
-def compare(
-    case: Case, ours: Candidate, baselines: Sequence[Candidate], rates: dict[str, float], effort: Effort, write: Write = nowhere
-) -> list[Row]:
+@dataclass(frozen=True)
+class Conditions:
+    """What all comparisons of a run have in common.
+
+    Attributes:
+        rates: from ``machine.ceilings``.
+        write: is called with a case's rows so far.
+    """
+
+    rates: dict[str, float]
+    effort: Effort
+    write: Callable[[list[Row]], None] = nowhere
+
+
+def compare(case: Case, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
     """Check ``ours``, then check each baseline and time it in turn with ours. Each has a row, whether or not it could be timed.
 
     On a GPU ours is timed alone first, since a baseline may take the device down, or the time be up.
-
-    Args:
-        rates: from ``machine.ceilings``.
-        write: is called with the rows so far after ours and after each baseline.
 
     Raises:
         Gone: a candidate took the device down.
     """
     mine = blank(case, ours, is_ours=True)
-    rows, rounds = [mine], Timing()
+    rows, rounds, effort = [mine], Timing(), conditions.effort
     try:
-        my_function = _checked(case, ours, mine, rates, effort)
+        my_function = _checked(case, ours, mine, conditions)
         sets = input_sets(case)
         my_runs = _runs(case, my_function, sets, mine)
         if my_runs and (case.device.type == "cuda" or not baselines):
             alone = effort.rounds if not baselines else 1
-            _fill(mine, case, rates, measure({"ours": my_runs}, case.device, alone, effort.budget)["ours"])
+            _fill(mine, case, conditions.rates, measure({"ours": my_runs}, case.device, alone, effort.budget)["ours"])
             mine.times_ours = 1.0
-            write(rows)
+            conditions.write(rows)
         for baseline in baselines:
             row = blank(case, baseline)
             rows.append(row)
-            runs = _runs(case, _checked(case, baseline, row, rates, effort), sets, row)
+            runs = _runs(case, _checked(case, baseline, row, conditions), sets, row)
             if not runs:
                 continue
             try:
@@ -132,26 +138,26 @@ def compare(
             except Exception as error:
                 _failed(row, error, case)
                 continue
-            _fill(row, case, rates, timings["its"])
+            _fill(row, case, conditions.rates, timings["its"])
             if again := timings.get("ours"):
                 row.times_ours = timings["its"].median / again.median
                 rounds = Timing(rounds.seconds + again.seconds, again.graph)
-                _fill(mine, case, rates, rounds)
+                _fill(mine, case, conditions.rates, rounds)
                 mine.times_ours = 1.0
-            write(rows)
+            conditions.write(rows)
         if my_runs and not mine.seconds:  # no baseline could be timed
-            _fill(mine, case, rates, measure({"ours": my_runs}, case.device, effort.rounds, effort.budget)["ours"])
+            _fill(mine, case, conditions.rates, measure({"ours": my_runs}, case.device, effort.rounds, effort.budget)["ours"])
             mine.times_ours = 1.0
     except Gone:
-        write(rows)
+        conditions.write(rows)
         raise
     return rows
 
 
-def _checked(case: Case, candidate: Candidate, row: Row, rates: dict[str, float], effort: Effort) -> Callable[..., Any] | None:
+def _checked(case: Case, candidate: Candidate, row: Row, conditions: Conditions) -> Callable[..., Any] | None:
     """The candidate's prepared and checked function, or None with the reason in its row."""
     try:
-        if reason := candidate.why_not(case) or _too_much(candidate, case, rates, effort):
+        if reason := candidate.why_not(case) or _too_much(candidate, case, conditions):
             row.note = reason
             return None
         function = candidate.prepare(case)
@@ -216,6 +222,14 @@ def bound(flops: float, size: float, dtype: str, rates: dict[str, float]) -> tup
     return max((flops / rates[dtype], "matmul"), (size / rates["copy"], "copy"))
 
 
+def run_once(case: Case, function: Callable[..., Any], inputs: Inputs) -> tuple[Any, float, int | None]:
+    """What a single run returns, its seconds, and its peak memory in bytes."""
+    found: list[Any] = []
+    began = time.perf_counter()
+    peak = peak_memory(lambda: found.append(case.call(function, inputs)), case.device)
+    return found[0], time.perf_counter() - began, peak
+
+
 def input_sets(case: Case) -> list[Inputs]:
     """If the case's inputs rotate, as many sets as are three times as large as the cache."""
     first = case.inputs(seed=1)
@@ -226,12 +240,12 @@ def input_sets(case: Case) -> list[Inputs]:
     return [first, *(case.inputs(seed=i) for i in range(2, wanted + 1))]
 
 
-def _too_much(candidate: Candidate, case: Case, rates: dict[str, float], effort: Effort) -> str | None:
+def _too_much(candidate: Candidate, case: Case, conditions: Conditions) -> str | None:
     needs, free = candidate.needs(case), free_memory(case.device)
     if needs.bytes > 0.8 * free:
         return f"{NOT_TRIED}: it needs {needs.bytes / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
-    seconds = needs.flops / rates[name_of(case.dtype)]
-    if seconds > effort.longest:
+    seconds = needs.flops / conditions.rates[name_of(case.dtype)]
+    if seconds > conditions.effort.longest:
         return f"{NOT_TRIED}: a run takes at least {seconds:.2g} s"
     return None
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.harness.compare import Effort
+from benchmarks.harness.compare import Conditions, Effort
 
 CPU = torch.device("cpu")
 RATES = {"copy": 1e10, "float32": 1e11}  # made up
@@ -15,10 +15,5 @@ def device():
 
 
 @pytest.fixture
-def rates():
-    return RATES
-
-
-@pytest.fixture
-def effort():
-    return Effort(rounds=2, budget=1.0)
+def conditions():
+    return Conditions(RATES, Effort(rounds=2, budget=1.0))

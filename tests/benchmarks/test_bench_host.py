@@ -24,9 +24,9 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("what", ["attention forward+backward", "sample_token"])
-def test_a_row_for_the_call_and_for_its_parts(device, rates, effort, what):
+def test_a_row_for_the_call_and_for_its_parts(device, conditions, what):
     (case,) = bench.smoke(device)
-    rows = bench.compare(replace(case, what=what), bench.OURS, [], rates, effort)
+    rows = bench.compare(replace(case, what=what), bench.OURS, [], conditions)
     assert [row.candidate for row in rows] == ["a call", *bench.PARTS.values()]
     whole, *parts = (row.seconds for row in rows)
     assert whole > 0 and sum(parts) == pytest.approx(whole)

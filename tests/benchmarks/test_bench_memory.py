@@ -14,7 +14,7 @@ def case(device):
     return case
 
 
-def test_other_gradients_fail(case, rates, effort):
+def test_other_gradients_fail(case, conditions):
     def prepare(case):
         step = bench.make_step(case, None)
 
@@ -25,4 +25,4 @@ def test_other_gradients_fail(case, rates, effort):
         return other
 
     with pytest.raises(Wrong, match="moved: gradient differs"):
-        bench.compare(case, bench.OURS, [Candidate("moved", prepare)], rates, effort)
+        bench.compare(case, bench.OURS, [Candidate("moved", prepare)], conditions)

@@ -8,9 +8,7 @@ import torch
 from benchmarks import bench_naive as bench
 from benchmarks.bench_naive import BATCHED, CAREFUL, NAIVE, NaiveCase
 from benchmarks.harness.case import Wrong
-from benchmarks.harness.compare import Effort
 
-RATES = {"copy": 1e10, "float32": 1e11}  # made up
 TINY = NaiveCase(L=13, P=13, N=3, T=4, layers=2, D=64, V=300)
 
 
@@ -32,7 +30,7 @@ def test_all_methods_give_the_same_thoughts(positions):
         assert torch.equal(thoughts, batched)
 
 
-def test_all_methods_are_timed_after_a_warm_up(monkeypatch):
+def test_all_methods_are_timed_after_a_warm_up(conditions, monkeypatch):
     """The batched one after two calls at its whole size, of which the first is apart; the naive ones after some positions."""
     calls, real = [], bench.make_method
 
@@ -44,7 +42,7 @@ def test_all_methods_are_timed_after_a_warm_up(monkeypatch):
     candidates = [replace(x, prepare=lambda case, name=x.name: watched(case, name)) for x in (bench.OURS, *bench.BASELINES)]
     began = []
     monkeypatch.setattr(bench, "take_turns", lambda *args, real=bench.take_turns: began.append(len(calls)) or real(*args))
-    rows = bench.compare(TINY, candidates[0], candidates[1:], RATES, Effort(rounds=3))
+    rows = bench.compare(TINY, candidates[0], candidates[1:], conditions)
     before = calls[: began[0]]
     assert before[-2:] == [(BATCHED, 13)] * 2 and {name for name, _ in before} == {BATCHED, NAIVE, CAREFUL}
     assert rows[0].note.startswith("the first call ") and rows[0].note.endswith("s") and rows[1].note == ""

@@ -72,7 +72,7 @@ def test_work_counts_the_matmuls_of_every_row():
     assert case.work().flops == pytest.approx(rollout + learned + base, rel=0.01)
 
 
-def test_rows(rates, effort):
-    ours, theirs = BENCHMARK.compare(ROLLOUT, OURS, BASELINES[1:], rates, effort)
+def test_rows(conditions):
+    ours, theirs = BENCHMARK.compare(ROLLOUT, OURS, BASELINES[1:], conditions)
     assert ours.of_roofline and theirs.times_ours
     assert ours.note == theirs.note == f"thoughts of {float(TINIEST.lengths.float().mean()):.0f} tokens"

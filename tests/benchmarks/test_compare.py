@@ -9,9 +9,8 @@ from benchmarks.bench_thought_attention import OURS, AttentionCase
 from benchmarks.harness.candidate import Candidate
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.clock import Timing
-from benchmarks.harness.compare import Effort, Gone, compare, input_sets
+from benchmarks.harness.compare import Gone, compare, input_sets
 
-RATES = {"copy": 1e10, "float32": 1e11}  # made up
 TINY = AttentionCase(L=9, N=2, S=3, H=2, G=1, K=8)
 RIGHT = Candidate("right", OURS.prepare)
 
@@ -67,22 +66,22 @@ def one_wrong_row(out):
     "change", [lambda out: 1.001 * out, one_wrong_row, lambda out: out * float("nan"), lambda out: out[:, :, 1:]]
 )
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
-def test_a_wrong_baseline_is_refused(change, what, rates, effort):
-    ours, wrong, right = compare(replace(TINY, what=what), OURS, [altered(change), RIGHT], rates, effort)
+def test_a_wrong_baseline_is_refused(change, what, conditions):
+    ours, wrong, right = compare(replace(TINY, what=what), OURS, [altered(change), RIGHT], conditions)
     assert ours.seconds and right.seconds and ours.note == right.note == ""
     assert wrong.seconds is wrong.times_ours is wrong.peak_bytes is None
     assert "wrong result" in wrong.note or "failed" in wrong.note
 
 
-def test_a_wrong_gradient_is_refused(rates, effort):
+def test_a_wrong_gradient_is_refused(conditions):
     wrong = altered(WrongGradient.apply)
-    assert compare(TINY, OURS, [wrong], rates, effort)[1].seconds
-    row = compare(replace(TINY, what="forward+backward"), OURS, [wrong], rates, effort)[1]
+    assert compare(TINY, OURS, [wrong], conditions)[1].seconds
+    row = compare(replace(TINY, what="forward+backward"), OURS, [wrong], conditions)[1]
     assert row.seconds is None
     assert "refused, a wrong result: dq differs by 1.0e-02" in row.note
 
 
-def test_missing_and_failing_baselines_have_rows_that_say_why(rates, effort):
+def test_missing_and_failing_baselines_have_rows_that_say_why(conditions):
     def explode(case):
         raise RuntimeError("no such kernel\nat line 3")
 
@@ -96,7 +95,7 @@ def test_missing_and_failing_baselines_have_rows_that_say_why(rates, effort):
         Candidate("slow", OURS.prepare, needs=lambda case: Work(flops=1e13)),
         Candidate("odd", OURS.prepare, why_not=unknown),
     ]
-    rows = compare(TINY, OURS, baselines, rates, effort)
+    rows = compare(TINY, OURS, baselines, conditions)
     assert [row.candidate for row in rows] == ["thought_attention", "missing", "failing", "huge", "slow", "odd"]
     notes = [row.note for row in rows]
     assert notes[1:3] == ["it is not installed here", "failed: RuntimeError: no such kernel"]
@@ -105,14 +104,14 @@ def test_missing_and_failing_baselines_have_rows_that_say_why(rates, effort):
     assert rows[0].seconds and all(row.seconds is None for row in rows[1:])
 
 
-def test_a_wrong_result_of_ours_is_refused_too(rates, effort):
-    mine, baseline = compare(TINY, altered(lambda out: -out), [RIGHT], rates, effort)
+def test_a_wrong_result_of_ours_is_refused_too(conditions):
+    mine, baseline = compare(TINY, altered(lambda out: -out), [RIGHT], conditions)
     assert mine.is_ours and mine.seconds is None and "wrong result" in mine.note
     assert baseline.seconds and baseline.times_ours is None
 
 
-def test_the_numbers_of_a_row(rates, effort):
-    ours, baseline = compare(replace(TINY, what="forward+backward"), OURS, [RIGHT], rates, effort)
+def test_the_numbers_of_a_row(conditions):
+    ours, baseline = compare(replace(TINY, what="forward+backward"), OURS, [RIGHT], conditions)
     work = replace(TINY, what="forward+backward").work()
     for row in (ours, baseline):
         assert row.low <= row.seconds <= row.high and row.rounds >= 1
@@ -126,7 +125,7 @@ def test_the_numbers_of_a_row(rates, effort):
     assert ours.is_ours and not baseline.is_ours
 
 
-def test_rows_are_written_after_each_baseline_and_a_baseline_that_dies_takes_none_with_it(rates, effort):
+def test_rows_are_written_after_each_baseline_and_a_baseline_that_dies_takes_none_with_it(conditions):
     def dies(case):
         calls = iter(range(100))
         attend = OURS.prepare(case)
@@ -139,12 +138,11 @@ def test_rows_are_written_after_each_baseline_and_a_baseline_that_dies_takes_non
         return attend_for_a_while
 
     written = []
-    rows = compare(
-        TINY, OURS, [RIGHT, Candidate("dies", dies), RIGHT], rates, effort, lambda so_far: written.append(len(so_far))
-    )
+    conditions = replace(conditions, write=lambda so_far: written.append(len(so_far)))
+    rows = compare(TINY, OURS, [RIGHT, Candidate("dies", dies), RIGHT], conditions)
     assert written == [2, 4]
     assert [row.note for row in rows] == ["", "", "failed: RuntimeError: an illegal access", ""]
-    assert rows[0].seconds and rows[0].rounds == 2 * effort.rounds and rows[3].times_ours
+    assert rows[0].seconds and rows[0].rounds == 2 * conditions.effort.rounds and rows[3].times_ours
 
 
 @pytest.mark.long
@@ -156,7 +154,7 @@ def test_small_inputs_rotate_and_large_ones_do_not(monkeypatch):
 
 
 @pytest.mark.parametrize("dies_in", ["prepare", "run"])
-def test_what_was_measured_is_written_before_a_candidate_takes_a_gpu_down(dies_in, monkeypatch):
+def test_what_was_measured_is_written_before_a_candidate_takes_a_gpu_down(dies_in, conditions, monkeypatch):
     """Nothing that follows in the process could be right, so it ends; ours has been timed alone before."""
     gone, written, calls = [], [], iter(range(100))
 
@@ -177,17 +175,15 @@ def test_what_was_measured_is_written_before_a_candidate_takes_a_gpu_down(dies_i
         monkeypatch.setattr(f"benchmarks.harness.compare.{name}", value)
     took = lambda runs, *rest: {name: Timing([run[0]() and 1e-3]) for name, run in runs.items()}  # noqa: E731
     monkeypatch.setattr("benchmarks.harness.compare.measure", took)
-    case = OnAGPU(torch.device("cuda"))
+    case, conditions = OnAGPU(torch.device("cuda")), replace(conditions, write=lambda rows: written.append(rows[:]))
     culprit = Candidate("culprit", die if dies_in == "prepare" else lambda case: die)
     with pytest.raises(Gone, match="the device is gone: failed: RuntimeError: an illegal memory access"):
-        compare(
-            case, Candidate("ours", lambda case: abs), [culprit, culprit], RATES, Effort(), lambda rows: written.append(rows[:])
-        )
+        compare(case, Candidate("ours", lambda case: abs), [culprit, culprit], conditions)
     first, last = written
     assert [row.candidate for row in first] == ["ours"] and first[0].seconds == 1e-3 and first[0].times_ours == 1.0
     assert [row.note.partition(":")[0] for row in last] == ["", "failed"]
 
 
-def test_ours_alone(rates, effort):
-    (mine,) = compare(TINY, OURS, [], rates, effort)
-    assert mine.is_ours and mine.seconds and mine.times_ours == 1 and mine.rounds == effort.rounds
+def test_ours_alone(conditions):
+    (mine,) = compare(TINY, OURS, [], conditions)
+    assert mine.is_ours and mine.seconds and mine.times_ours == 1 and mine.rounds == conditions.effort.rounds

@@ -90,8 +90,8 @@ def test_a_wrong_result_of_ours_fails_the_run(monkeypatch, tmp_path):
 def test_ours_stays_where_a_baseline_takes_the_device_down(tmp_path, monkeypatch):
     """What this run has measured before is kept, and the run fails."""
 
-    def broken(case, ours, baselines, rates, effort, write):
-        write(compare(case, ours, [], rates, effort))
+    def broken(case, ours, baselines, conditions):
+        conditions.write(compare(case, ours, [], conditions))
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(run, "compare", broken)

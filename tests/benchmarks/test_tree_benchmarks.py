@@ -49,7 +49,7 @@ def test_baselines_are_right(grid, name, what):
             case.check(replace(function, attend=lambda q, k, v: function.attend(q, k, v.flip(2))))
 
 
-def test_a_time_has_its_pairs_beside_it(rates, effort):
+def test_a_time_has_its_pairs_beside_it(conditions):
     without = [baseline for baseline in BASELINES if not baseline.compiles]
-    rows = BENCHMARK.compare(CASES["headline"], BENCHMARK.ours, without, rates, effort)
+    rows = BENCHMARK.compare(CASES["headline"], BENCHMARK.ours, without, conditions)
     assert [row.note for row in rows] == ["", "2.00 times the pairs", "2.00 times the pairs", "1.25 times the pairs"]
