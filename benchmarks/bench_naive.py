@@ -15,17 +15,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
+from benchmarks.baselines.llama import LlamaCase, random_llama
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate
-from benchmarks.harness.case import Case, Inputs, Work, Wrong
+from benchmarks.harness.case import Inputs, Work, Wrong
 from benchmarks.harness.compare import Conditions, Row, blank, fill
 from benchmarks.harness.memory import peak_memory
 from benchmarks.report import units
@@ -39,7 +40,7 @@ Method = Callable[[Tensor], Tensor]  # maps anchors [P] to thoughts [P,N,T]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaiveCase(Case):
+class NaiveCase(LlamaCase):
     """N thoughts of T tokens at P evenly spaced positions of a text."""
 
     op: ClassVar[str] = "naive"
@@ -49,9 +50,7 @@ class NaiveCase(Case):
     P: int
     N: int = 2
     T: int = 9
-    layers: int = 4
-    D: int = 256
-    V: int = 2048
+    G: int = 4
 
     @property
     def anchors(self) -> Tensor:
@@ -59,10 +58,9 @@ class NaiveCase(Case):
 
     def work(self) -> Work:
         """Matmuls of the text's rows and of T rows per thought."""
-        matrices = self.layers * (4 * self.D**2 + 9 * self.D**2)
         thoughts = self.P * self.N * self.T
         attention = self.layers * 4 * self.D * (self.L**2 / 2 + thoughts * (self.L + self.T) / 2)
-        return Work(2 * (self.L + thoughts) * matrices + attention + 2 * thoughts * self.D * self.V)
+        return Work(2 * (self.L + thoughts) * self.matrices + attention + 2 * thoughts * self.D * self.V)
 
     def inputs(self, seed: int) -> Inputs:
         return {"anchors": self.anchors}
@@ -101,17 +99,8 @@ def compare(case: NaiveCase, ours: Candidate, baselines: Sequence[Candidate], co
 
 def make_method(case: NaiveCase, name: str, dtype: torch.dtype = torch.float32) -> Method:
     """A method with the case's model and text, which are the same at each call."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=case.V,
-        hidden_size=case.D,
-        intermediate_size=3 * case.D,
-        num_hidden_layers=case.layers,
-        num_attention_heads=max(1, case.D // 64),
-        initializer_range=case.D**-0.5,
-    )
-    text = torch.randint(case.V, (1, case.L)).to(case.device)
-    plain = LlamaForCausalLM(config).to(case.device, dtype).eval()
+    text = torch.randint(case.V, (1, case.L), generator=torch.Generator().manual_seed(SEED)).to(case.device)
+    plain = random_llama(replace(case, dtype=dtype), SEED).eval()
     thought_config = ThoughtConfig(thoughts=case.N, thought_tokens=case.T, embedding_scale=1)
     qs = QuietStar(copy.deepcopy(plain), thought_config)
     start = qs.start_embedding.to(dtype).expand(case.N, 1, -1)
@@ -206,7 +195,7 @@ def cases(device: torch.device, full: bool) -> Iterator[NaiveCase]:
 
 def smoke(device: torch.device) -> list[NaiveCase]:
     """The smallest case that runs every method."""
-    return [NaiveCase(L=8, P=8, T=2, layers=1, D=64, V=80, device=device)]
+    return [NaiveCase(L=8, P=8, T=2, layers=1, D=64, I=192, H=1, G=1, V=80, device=device)]
 
 
 BENCHMARK = Benchmark(NaiveCase.op, OURS, lambda case: BASELINES, cases, smoke, compare)

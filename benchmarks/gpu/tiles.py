@@ -1,6 +1,6 @@
 """Time tiles of attention and decoding on this GPU: those of ``configs.py`` and others, the fastest first.
 
-    python -m benchmarks.gpu.tiles forward "text keys" --seconds 120 --json tiles.json
+    python -m benchmarks.gpu.tiles forward "text keys" --seconds 120
 
 Processes compile the tiles, all cores at once, and what they have compiled is timed meanwhile. A tile whose results differ from
 those of ``configs.py`` is reported as wrong. Heads are in bf16; two thoughts of 14 rows are at every position.
@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from multiprocessing import active_children, get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import results_file
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton import _launch, configs
@@ -33,6 +30,7 @@ from quietstar_kernels.triton.thought_decode import thought_decode
 SIZES = [(8, 256), (4, 512), (2, 1024), (1, 2048)]  # batch rows, text
 N, S, H, G, STEP = 2, 14, 32, 8, 12
 REPEATS = 5
+BEST = 12  # rows to print
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -170,20 +168,15 @@ def main() -> None:
     parser.add_argument("kernels", nargs="*", default=[*KERNELS], metavar="KERNEL", help=", ".join(KERNELS))
     parser.add_argument("--width", type=int, default=128, help="of heads, default 128")
     parser.add_argument("--seconds", type=float, default=60, help="for each kernel, default 60")
-    parser.add_argument("--best", type=int, default=12, help="rows to print, default 12")
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
     args = parser.parse_args()
     if unknown := set(args.kernels) - set(KERNELS):
         parser.error(f"no {', '.join(sorted(unknown))}; choose from {', '.join(KERNELS)}")
-    found: dict[str, Any] = {}
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
     for kernel in args.kernels:
-        rows = found[kernel] = time_kernel(kernel, args.width, pool, time.monotonic() + args.seconds)
+        rows = time_kernel(kernel, args.width, pool, time.monotonic() + args.seconds)
         print(f"\n{kernel}, width {args.width}: µs with B, L = {SIZES}; {len(rows)} of {len(KERNELS[kernel][2]) + 1} tiles")
-        for row in rows[: args.best] + [row for row in rows[args.best :] if row["tile"].startswith("now")]:
+        for row in rows[:BEST] + [row for row in rows[BEST:] if row["tile"].startswith("now")]:
             print("  ".join(f"{1e6 * x:8.0f}" for x in row["seconds"]), row["tile"], row["note"], flush=True)
-        if args.json:
-            results_file.write(json.dumps({"width": args.width, "found": found}, indent=1), args.json)
     for process in active_children():
         process.kill()  # some may still compile
 

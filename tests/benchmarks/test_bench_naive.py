@@ -9,7 +9,7 @@ from benchmarks import bench_naive as bench
 from benchmarks.bench_naive import BATCHED, CAREFUL, NAIVE, NaiveCase
 from benchmarks.harness.case import Wrong
 
-TINY = NaiveCase(L=13, P=13, N=3, T=4, layers=2, D=64, V=300)
+TINY = NaiveCase(L=13, P=13, N=3, T=4, layers=2, D=64, I=192, H=1, G=1, V=300)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def no_gradients_and_random_state_restored():
 
 @pytest.mark.parametrize("positions", [13, 5])
 def test_all_methods_give_the_same_thoughts(positions):
-    case = NaiveCase(**{**TINY.sizes, "P": positions})
+    case = replace(TINY, P=positions)
     methods = {name: bench.make_method(case, name) for name in (BATCHED, NAIVE, CAREFUL)}
     _, taken_in_turns = bench.take_turns(methods, case.anchors, rounds=3)
     batched = methods[BATCHED](case.anchors)
