@@ -25,35 +25,33 @@ def draw(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Every plot for which there are enough rows. Returns their paths."""
     rows = [row for row in results["rows"] if row["seconds"] is not None and not row["is_partial"]]
     device = results["machine"]["device"]
-    kinds: dict[str, Callable[[list[RowDict], str], Any]] = {
-        "time": time,
-        "memory": memory,
-        "passes": passes,
-        "chunks": chunks,
-        "roofline": roofline,
-    }
     paths = []
-    for kind, make in kinds.items():
+    for make in (time, memory, passes, chunks, roofline):
         figure = make(rows, device)
         if figure is None:
             continue
-        path = folder / f"{name}-{kind}.png"
+        path = folder / f"{name}-{make.__name__}.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")
         plt.close(figure)
         paths.append(path)
     return paths
 
 
-def _against(
-    rows: Iterable[RowDict], x: Callable[[RowDict], int], y: Callable[[RowDict], float | None]
-) -> dict[str, dict[int, float]]:
-    """{candidate: {x: y}}, ours first."""
+def _against(rows: Iterable[RowDict], letter: str, y: Callable[[RowDict], float | None]) -> dict[str, dict[int, float]]:
+    """{candidate: {size: y}} by the size of that letter, ours first."""
     lines: dict[str, dict[int, float]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: not row["is_ours"]):
-        value = y(row)
-        if value:
-            lines["ours" if row["is_ours"] else row["candidate"]][x(row)] = value
+        if value := y(row):
+            lines["ours" if row["is_ours"] else row["candidate"]][row["sizes"][letter]] = value
     return {candidate: dict(sorted(points.items())) for candidate, points in lines.items()}
+
+
+def _milliseconds(row: RowDict) -> float:
+    return 1e3 * row["seconds"]
+
+
+def _mebibytes(row: RowDict) -> float | None:
+    return row["peak_bytes"] and row["peak_bytes"] / 2**20
 
 
 def _plot(axes: Axes, lines: dict[str, dict[int, float]], colors: dict[str, str], log: bool) -> None:
@@ -99,15 +97,17 @@ def _panels(panels: dict[str, dict[str, dict[int, float]]], xlabel: str, ylabel:
 
 
 def _lengths(rows: list[RowDict], y: Callable[[RowDict], float | None]) -> dict[str, dict[str, dict[int, float]]]:
+    """By text length. On a GPU longer texts come in smaller batches, so ``y`` is that of one text."""
+    texts = [row for row in rows if row["grid"] in ("headline", "text")]
     panels = {}
     for op, what in (
         ("thought_attention", "forward"),
         ("thought_attention", "forward+backward"),
         ("thought_decode", "forward"),
     ):
-        some = [row for row in rows if row["op"] == op and row["what"] == what and row["grid"] in ("headline", "text")]
+        some = [row for row in texts if row["op"] == op and row["what"] == what]
         name = "decode step" if op == "thought_decode" else f"attention, {what}"
-        panels[name] = _against(some, lambda row: row["sizes"]["L"], y)
+        panels[name] = _against(some, "L", lambda row: (y(row) or 0) / row["sizes"]["B"])
     return panels
 
 
@@ -119,43 +119,32 @@ def _shape(rows: list[RowDict]) -> str:
 
 
 def time(rows: list[RowDict], device: str) -> Any:
-    """Time by text length. On a GPU longer texts come in smaller batches, so the time is that of one text."""
-    panels = _lengths(rows, lambda row: 1e3 * row["seconds"] / row["sizes"]["B"])
+    panels = _lengths(rows, _milliseconds)
     return _panels(panels, "text length L", "milliseconds per text", f"Time on {device}: {_shape(rows)}")
 
 
 def memory(rows: list[RowDict], device: str) -> Any:
-    """Memory of a call by text length."""
-    panels = _lengths(rows, lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**20 / row["sizes"]["B"])
+    """Of a call."""
+    panels = _lengths(rows, _mebibytes)
     return _panels(panels, "text length L", "MiB per text", f"Memory of a call on {device}: {_shape(rows)}")
 
 
 def passes(rows: list[RowDict], device: str) -> Any:
     """Peak memory and time of a training step by T."""
     some = [row for row in rows if row["op"] == "step" and row["grid"] == "passes"]
-    panels = {
-        "peak memory, MiB": _against(
-            some, lambda row: row["sizes"]["T"], lambda row: row["peak_bytes"] and row["peak_bytes"] / 2**20
-        ),
-        "time, milliseconds": _against(some, lambda row: row["sizes"]["T"], lambda row: 1e3 * row["seconds"]),
-    }
+    panels = {"peak memory, MiB": _against(some, "T", _mebibytes), "time, milliseconds": _against(some, "T", _milliseconds)}
     return _panels(panels, "sampled tokens per thought T", "", f"Training step on {device}", log=False)
 
 
 def chunks(rows: list[RowDict], device: str) -> Any:
     """Peak memory of a training step on a long text, by its length and by the size of the chunks of anchors."""
-    some = [row for row in rows if row["op"] == "memory" and row["peak_bytes"]]
+    some = [row for row in rows if row["op"] == "memory"]
     shortest = min((row["sizes"]["L"] for row in some), default=0)
+    whole = [row for row in some if row["grid"] != "chunk"]
     cut = [row for row in some if row["is_ours"] and row["sizes"]["L"] == shortest]
     panels = {
-        "text length L": _against(
-            [row for row in some if row["grid"] != "chunk"],
-            lambda row: row["sizes"]["L"],
-            lambda row: row["peak_bytes"] / 2**20,
-        ),
-        f"anchors per chunk C, L {shortest}": _against(
-            cut, lambda row: row["sizes"]["C"], lambda row: row["peak_bytes"] / 2**20
-        ),
+        "text length L": _against(whole, "L", _mebibytes),
+        f"anchors per chunk C, L {shortest}": _against(cut, "C", _mebibytes),
     }
     return _panels(panels, "", "peak memory, MiB", f"Training step on a long text, {device}", log=False)
 
