@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from quietstar import QuietStar, ThoughtConfig
@@ -35,7 +35,6 @@ from quietstar.evaluation.intervals import PARTS, mean_interval
 from quietstar.evaluation.intervals import verdict as verdict_of
 from quietstar.evaluation.losses import token_losses, with_constant_thoughts, with_own_thoughts
 from quietstar.run.batches import Example
-from quietstar_kernels import sample_token
 from quietstar_recipes.common.plots import Panel, panels
 
 Rate = Callable[[float], float]  # the learning rate, by the share of the time that has passed
@@ -219,41 +218,6 @@ def show_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> None:
         print(f"     the text continues {decode(ids[place + 1 : place + 5])!r}")
 
 
-@torch.no_grad()
-def naive_thoughts(qs: QuietStar, ids: Tensor, seed: int) -> Tensor:
-    """The thoughts of ``qs.think``, sampled one position after another: read the prefix, then generate."""
-    config, start = qs.thought_config, qs.thinker.start
-    model = copy.deepcopy(qs.model)
-    model.set_attn_implementation("sdpa")
-    thoughts = []
-    for t in range(len(ids)):
-        cache = DynamicCache()
-        model.model(ids[None, : t + 1], past_key_values=cache)
-        cache.batch_repeat_interleave(config.thoughts)
-        embeds = start.expand(config.thoughts, 1, -1)
-        tokens = []
-        for s in range(config.thought_tokens):
-            hidden = model.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state[:, 0]
-            counters = torch.tensor([[0, t, n, s] for n in range(config.thoughts)], dtype=torch.int32)
-            tokens.append(sample_token(hidden, model.lm_head.weight, counters, seed)[0])
-            embeds = model.model.embed_tokens(tokens[-1][:, None])
-        thoughts.append(torch.stack(tokens, -1))
-    return torch.stack(thoughts)
-
-
-def show_speed(qs: QuietStar, ids: Tensor, seed: int, log: Log) -> None:
-    began = time.perf_counter()
-    naive = naive_thoughts(qs, ids, seed)
-    between = time.perf_counter()
-    batched = qs.think(ids[None], seed=seed, greedy=False).thought_ids[0]
-    naive_seconds, seconds = between - began, time.perf_counter() - between
-    count, same = naive[..., 0].numel(), (naive == batched).all(-1).sum().item()
-    print(f"\nThinking at all {len(ids)} positions of a text: {count / seconds:,.0f} thoughts/s for all at once,")
-    print(f"{count / naive_seconds:,.0f} for one after another: {naive_seconds / seconds:.1f} times faster.", end=" ")
-    print(f"Both give the same thought in {same} of {count} cases.")
-    log.add(phase="speed", thoughts_per_second=count / seconds, naive=count / naive_seconds, same=same / count)
-
-
 def plot(log: Log, path: Path) -> None:
     shown = {"language model": ("loss", "language model: loss, nats"), "thoughts": ("reward", "Quiet-STaR: mean reward, nats")}
     found = {phase: [entry for entry in log.entries if entry["phase"] == phase] for phase in shown}
@@ -300,7 +264,6 @@ def main() -> None:
     logging.disable_progress_bar()
     whole = next(text["input_ids"] for text in texts if len(text["input_ids"]) == LENGTH)
     show_thoughts(qs, whole, args.seed)
-    show_speed(qs, whole, args.seed, log)
     plot(log, args.out / "losses.png")
     qs.save_pretrained(args.out / "checkpoint")
     print(f"\n{args.out}: metrics.jsonl, losses.png, checkpoint (load it with QuietStar.from_pretrained)")

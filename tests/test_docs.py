@@ -138,15 +138,6 @@ def test_code_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     assert not list(prints.differences(page))
 
 
-def test_a_wrong_comment_is_found(tmp_path, monkeypatch):
-    monkeypatch.setitem(page_id.__globals__, "ROOT", tmp_path)
-    page = tmp_path / "page.md"
-    page.write_text("print(1 + 1)  # 2\nprint(1 + 1)  # 3\nprint(1 + 1)  # such as 5\nif False:\n    print(7)  # 7\n")
-    prints = Prints()
-    exec(page.read_text(), {"print": prints})
-    assert [text.partition(", ")[2] for text in prints.differences(page)] == ["line 2, prints '2\\n'", "line 5, prints ''"]
-
-
 def test_back_ends_of_the_readme():
     """An operation that the README says a back end has is there, and none that it says is not yet."""
     (_, _, *names), *rows = table(ROOT / "README.md", "operation")

@@ -1,5 +1,7 @@
 """examples/block_drafter.py: what its blocks see and learn, that drafts change no output, and the whole run."""
 
+import re
+
 import pytest
 import torch
 
@@ -96,19 +98,15 @@ def test_a_perfect_drafter_and_a_hopeless_one(demo, target, generator) -> None:
 
 
 @pytest.mark.long
-def test_run(demo, monkeypatch, capsys) -> None:
-    """The script itself asserts that every drafter's text is that of greedy decoding."""
-    monkeypatch.setattr(demo, "NEW", 12)
-    monkeypatch.setattr("sys.argv", ["block_drafter.py", "--seeds=0", "--target-steps=20", "--drafter-steps=20"])
-    threads = torch.get_num_threads()
+def test_block_drafters_accept_more_than_the_table(demo, monkeypatch, capsys) -> None:
+    """Takes half a minute. The script itself asserts that every drafter's text is that of greedy decoding. Which of the two
+    masks is better is left open: it depends on the seed.
+    """
+    monkeypatch.setattr("sys.argv", ["block_drafter.py", "--seeds=0", "--target-steps=200", "--drafter-steps=120"])
     demo.main()
-    torch.set_num_threads(threads)
     said = capsys.readouterr().out
-    assert all(name in said for name in (demo.FULL, demo.CAUSAL, demo.BIGRAM))
-
-
-@pytest.mark.long
-def test_block_drafters_accept_more_than_the_table(demo) -> None:
-    """Takes half a minute. Which of the two masks is better is left open: it depends on the seed."""
-    found = demo.run_seed(0, 200, 120)
-    assert min(found[demo.FULL], found[demo.CAUSAL]) > 2 * found[demo.BIGRAM]
+    full, causal, bigram = (
+        float(re.search(rf"^{re.escape(name)} +([\d.]+)", said, re.MULTILINE)[1])
+        for name in (demo.FULL, demo.CAUSAL, demo.BIGRAM)
+    )
+    assert min(full, causal) > 2 * bigram
