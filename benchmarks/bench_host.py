@@ -1,4 +1,4 @@
-"""The time a call of an op takes the host, and what takes it: with empty kernels, or on a GPU with real ones of tiny sizes.
+"""The time a call of an op takes the host: with empty kernels, or on a GPU with real ones of tiny sizes.
 
 If a step has many small calls, as in generation without a CUDA graph, the device waits for the host. ``host/time_calls.py``
 measures in a process of its own.
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -24,11 +24,6 @@ from benchmarks.harness.compare import Conditions, Row, blank
 
 ROOT = Path(__file__).parents[1]
 OPS = ("attention forward+backward", "decode", "sample_token", "attention forward")
-PARTS = {
-    "launches": "of which: launches",
-    "preparation": "of which: preparing launches",
-    "rest": "of which: checks, operator, autograd",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,36 +45,30 @@ class HostCase(Case):
     def inputs(self, seed: int) -> Inputs:
         return {}
 
-    def call(self, function: Callable[[], dict[str, float]], inputs: Inputs) -> dict[str, float]:
+    def call(self, function: Callable[[], float], inputs: Inputs) -> float:
         return function()
 
 
-def measured(case: HostCase) -> Callable[[], dict[str, float]]:
-    """A function that returns the seconds of each part of the op's call."""
+def measured(case: HostCase) -> Callable[[], float]:
+    """A function that returns the seconds of a call of the op."""
     return lambda: _all(str(case.device), case.rounds)[case.what]
 
 
 @cache
-def _all(device: str, rounds: int) -> dict[str, dict[str, float]]:
+def _all(device: str, rounds: int) -> dict[str, float]:
     """Those of all ops, measured in a process of its own. Its exception is not remembered."""
     command = [sys.executable, "-m", "benchmarks.host.time_calls", "--device", device, "--rounds", str(rounds)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
 def compare(case: HostCase, ours: Candidate, baselines: Sequence[Candidate], conditions: Conditions) -> list[Row]:
-    """A row for the call and one for each part of it."""
-    seconds = case.call(ours.prepare(case), {})
-    whole = blank(case, ours, is_ours=True)
-    whole.rounds, whole.seconds, whole.times_ours = case.rounds, seconds["call"], 1.0
-    parts = [
-        replace(whole, candidate=PARTS[part], is_ours=False, is_partial=True, seconds=seconds[part], times_ours=None)
-        for part in PARTS
-    ]
-    return [whole, *parts]
+    row = blank(case, ours, is_ours=True)
+    row.seconds, row.rounds, row.times_ours = case.call(ours.prepare(case), {}), case.rounds, 1.0
+    return [row]
 
 
 OURS = Candidate("a call", measured, package=PACKAGE)

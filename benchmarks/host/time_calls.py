@@ -1,27 +1,25 @@
-"""Print, as JSON, the seconds that the host spends on a call of each op: {op: {part: seconds}}.
+"""Print, as JSON, the seconds that the host spends on a call of each op.
 
     python -m benchmarks.host.time_calls --device cpu
 
 Without a GPU the kernels are empty (``empty_kernels``). With one they are launched, with sizes so small that the device waits
-for the host. Each number is the minimum of many rounds. "launches" is the time that Triton takes to launch kernels,
-"preparation" the time of the back end before the launches, and "rest" that of checks, operator and autograd.
+for the host. Each number is the minimum of many rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch  # noqa: E402
 
-from quietstar_kernels import ThoughtLayout, _dispatch, sample_token, thought_attention, thought_decode  # noqa: E402
+from quietstar_kernels import ThoughtLayout, sample_token, thought_attention, thought_decode  # noqa: E402
 
 CALLS = 8  # per reading of the clock; as in a model, attention has one backward through all of its calls
 B, L, N, S, H, G, K, R, D, V = 1, 4, 2, 4, 2, 1, 128, 8, 64, 512
@@ -64,64 +62,21 @@ def calls(device: torch.device) -> dict[str, Calls]:
     }
 
 
-def measure(run: Calls, device: torch.device, rounds: int) -> dict[str, float]:
-    """Seconds of a call and of each of its parts."""
+def fastest(run: Calls, device: torch.device, rounds: int) -> float:
+    """Seconds of a call."""
     run()
-    whole = _fastest(run, device, rounds)
-    with _without_launches():
-        prepared = _fastest(run, device, rounds)
-    with _without_back_ends(run):
-        rest = _fastest(run, device, rounds)
-    return {"call": whole, "launches": whole - prepared, "preparation": prepared - rest, "rest": rest}
-
-
-def _fastest(run: Calls, device: torch.device, rounds: int) -> float:
-    fastest = float("inf")
+    shortest = float("inf")
     for _ in range(rounds):
         began = time.perf_counter()
         run()
-        fastest = min(fastest, time.perf_counter() - began)
+        shortest = min(shortest, time.perf_counter() - began)
         if device.type == "cuda":
             torch.cuda.synchronize()  # so that the queue of launches never fills up
-    return fastest / CALLS
-
-
-@contextlib.contextmanager
-def _without_launches() -> Iterator[None]:
-    from quietstar_kernels.triton._launch import Plan
-
-    launch, Plan.launch = Plan.launch, lambda *arguments: None
-    try:
-        yield
-    finally:
-        Plan.launch = launch
-
-
-@contextlib.contextmanager
-def _without_back_ends(run: Calls) -> Iterator[None]:
-    """Calls return the results of an earlier call without running a back end."""
-    results, real = {}, _dispatch.run
-
-    def remember(function: str, *arguments: Any) -> Any:
-        results[function] = real(function, *arguments)
-        return results[function]
-
-    _dispatch.run = remember
-    try:
-        run()
-        _dispatch.run = lambda function, *_: _detached(results[function])
-        yield
-    finally:
-        _dispatch.run = real
-
-
-def _detached(result: Any) -> Any:
-    return tuple(x if x is None else x.detach() for x in result) if isinstance(result, tuple) else result.detach()
+    return shortest / CALLS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", help="which ops, default all")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--rounds", type=int, default=400)
     args = parser.parse_args()
@@ -130,8 +85,7 @@ def main() -> None:
         from benchmarks.host import empty_kernels
 
         empty_kernels.install()
-    found = calls(args.device)
-    print(json.dumps({name: measure(found[name], args.device, args.rounds) for name in args.ops or found}))
+    print(json.dumps({name: fastest(run, args.device, args.rounds) for name, run in calls(args.device).items()}))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,10 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("what", ["attention forward+backward", "sample_token"])
-def test_a_row_for_the_call_and_for_its_parts(device, conditions, what):
+def test_a_row_for_the_call(device, conditions, what):
     (case,) = bench.smoke(device)
-    rows = bench.compare(replace(case, what=what), bench.OURS, [], conditions)
-    assert [row.candidate for row in rows] == ["a call", *bench.PARTS.values()]
-    whole, *parts = (row.seconds for row in rows)
-    assert whole > 0 and sum(parts) == pytest.approx(whole)
-    assert [row.is_ours for row in rows] == [True, False, False, False]
+    (row,) = bench.compare(replace(case, what=what), bench.OURS, [], conditions)
+    assert row.is_ours and row.seconds > 0
 
 
 def test_a_process_that_fails_says_why():
