@@ -271,7 +271,6 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the seeds already in the results.json of --out")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1: more only speed up pretraining")
     parser.add_argument("--docs", type=Path, help="also write the table in results.md, plots and numbers of this folder")
-    parser.add_argument("--results", type=Path, help="train nothing; show the results.json of an earlier run")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a threshold is missed")
     options = parser.parse_args()
     if options.docs and options.quick:
@@ -282,14 +281,12 @@ def main() -> int:
     file = options.out / "results.json"
     results = {"quick": options.quick, **report.describe_machine()}
     try:
-        if options.results:
-            results = report.read_results(options.results)
-        elif options.resume:
+        if options.resume:
             results["seeds"] = report.earlier_seeds(file, results)
     except ValueError as error:
         parser.error(str(error))
     done = {seed["seed"] for seed in results["seeds"]}
-    for seed in () if options.results else range(options.seeds):
+    for seed in range(options.seeds):
         if seed not in done:
             quick = {"pretraining_steps": QUICK_PRETRAINING, "test_lines": QUICK_LINES} if options.quick else {}
             results["seeds"].append(run_seed(seed, QUICK_RUNS if options.quick else ALL_RUNS, options.out, **quick))

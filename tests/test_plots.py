@@ -87,10 +87,9 @@ def test_a_run(drawn, tmp_path):
     assert check(drawn) == 4
 
 
-@pytest.mark.parametrize("name", ["module://matplotlib_inline.backend_inline", "nonsense"])
-def test_a_backend_that_is_not_there_is_not_needed(name, tmp_path):
+def test_a_backend_that_is_not_there_is_not_needed(tmp_path):
     draw = "from quietstar.files.pictures import new_figure, save; save(new_figure(1, 1), 'x.png')"
-    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=os.environ | {"MPLBACKEND": name}, check=True)
+    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=os.environ | {"MPLBACKEND": "nonsense"}, check=True)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
