@@ -32,8 +32,8 @@ def cases(device: torch.device, full: bool) -> Iterator[BranchCase]:
 def smoke(device: torch.device) -> list[BranchCase]:
     """The smallest cases that run every candidate."""
     small = {"L": 16, "S": 4, "H": 2, "G": 1, "K": 16, "device": device}
-    kinds = [{"C": 3}, {"grid": "prompts", "C": 2}, {"grid": "drafter", "C": 4}]
-    return [BranchCase(**small, **kind, what=what) for kind in kinds for what in ("forward", "forward+backward")]
+    kinds = [{"C": 3}, {"grid": "prompts", "L": 4, "C": 2}, {"grid": "drafter", "C": 4}]
+    return [BranchCase(**(small | kind), what=what) for kind in kinds for what in ("forward", "forward+backward")]
 
 
 BENCHMARK = Benchmark(

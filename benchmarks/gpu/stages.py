@@ -68,7 +68,16 @@ ROWS = {
     "head": Rows(
         ("thought_decode", "linear_logprob", "sample_token"),
         ("headline",),
-        ("linear_logprob", "matmul, cross_entropy", "Liger", "Quack", "matmul, softmax, multinomial", "matmul, vLLM"),
+        (
+            "thought_decode",
+            "sample_token",
+            "linear_logprob",
+            "matmul, cross_entropy",
+            "Liger",
+            "Quack",
+            "matmul, softmax, multinomial",
+            "matmul, vLLM",
+        ),
     ),
     "head, host": Rows(("host",), ("headline",)),
 }
