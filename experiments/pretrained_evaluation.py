@@ -9,17 +9,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from natural_text import held_out_losses
+from natural_text import held_out_losses, with_each_thought
 from pretrained_problems import Problem, line
 from torch import Tensor
 
 from quietstar import QuietStar
-from quietstar.evaluation.losses import (
-    with_constant_thoughts,
-    with_own_thoughts,
-    with_random_thoughts,
-    with_thoughts_of_another,
-)
 from quietstar.evaluation.scoring import one_thought
 from quietstar.run.batches import Example, batches_of
 
@@ -39,20 +33,14 @@ def answers(qs: QuietStar, tokenizer: Any, some: Sequence[Problem], thinks: bool
     if not thinks:
         nothing = torch.zeros(1, 1, qs.thought_config.thought_tokens, dtype=torch.long)
         return {"none": predict(qs, [line(tokenizer, problem) | {"thought_ids": nothing} for problem in some])[0]}
-    own = with_own_thoughts(qs, [line(tokenizer, problem) for problem in some], EVAL_BATCH)
-    ways = {
-        "own": own,
-        "another": with_thoughts_of_another(own),
-        "constant": with_constant_thoughts(own),
-        "random": with_random_thoughts(own, qs.lm_head.linear.out_features),
-    }
+    ways = with_each_thought(qs, [line(tokenizer, problem) for problem in some], EVAL_BATCH)
     found: dict[str, Any] = {}
     for way, examples in ways.items():
         without, mixed, weight = predict(qs, examples)
         found[way] = mixed
         if way == "own":
             found |= {"none": without, "weight": weight}
-    found["thoughts"] = tokenizer.batch_decode([x["thought_ids"][0, 0] for x in own])
+    found["thoughts"] = tokenizer.batch_decode([x["thought_ids"][0, 0] for x in ways["own"]])
     return found
 
 
