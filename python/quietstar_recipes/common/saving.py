@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quietstar.checkpoints import places, pretrained
-from quietstar.files.reading import as_type, json_lines, read_json, reason_of, sha256
+from quietstar.files.reading import json_lines, read_json, reason_of, sha256
 from quietstar.files.writing import put_back, replaced, write_whole
 from quietstar.run.lock import LOCK
 from quietstar.run.optimizers import check_tensors, from_tensors, to_tensors
@@ -35,7 +35,6 @@ from quietstar_recipes.tasks import Task
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 FOLDERS = ("progress", "model", "two-turns", "first-stage", "stages", "teacher", "pair", "verifier", "plain", "direct")
 SETTINGS, REPORT, BEST = "recipe.json", "report.json", "best"
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -76,19 +75,6 @@ def check_free(out: Path) -> None:
         places.check_folder_or_free(path)
 
 
-def read_report(path: Path, kind: Any) -> dict[str, Any]:
-    """All figures of a report. Raises ValueError if it is missing or damaged, or lacks what ``kind`` has."""
-    report = read_json(path)
-    as_type(kind, report, str(path))
-    return report
-
-
-class State(msgspec.Struct):
-    """What every recipe's state has: the number of finished updates."""
-
-    step: Count
-
-
 class Saved(msgspec.Struct):
     """state.json"""
 
@@ -103,13 +89,12 @@ class Progress:
         settings: what a run must have in common with its continuation.
         state: the state of a new run, JSON values by name, which the recipe changes; "step" is the number of finished updates.
         resume: whether to continue a run that is in ``out``; ``begun`` says whether there is one, which ``load`` loads.
-        kind: what a saved state must have.
 
     Raises:
         ValueError: a run that was not to be resumed, has other settings, belongs to another command or is damaged.
     """
 
-    def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[State] = State):
+    def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool):
         self.folder, self.settings, self.state = Path(out) / "progress", settings, state
         check_free(Path(out))
         put_back(self.folder)
@@ -117,9 +102,8 @@ class Progress:
         check_folder(out, "progress", self.begun, resume)
         if self.begun:
             saved = read_json(self.folder / STATE, Saved)
-            self.state = state | saved.state
-            as_type(kind, self.state, f"{self.folder / STATE}: state")
             check_whole(self.folder)
+            self.state = state | saved.state
             settings.check(self.folder, saved.settings)
         self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
 
@@ -145,16 +129,6 @@ class Progress:
             save_file({name: x.cpu().contiguous() for name, x in moments.items()}, beside / OPTIMIZER)
             write_json(beside / STATE, {"settings": self.settings.values, "state": self.state})
             places.seal(beside)
-
-
-class Report(msgspec.Struct):
-    """What every round's report has."""
-
-    round: Count
-    accuracy: float  # on test problems
-    valid_accuracy: float | None = None  # on validation problems
-    steps: Count = 0
-    base: str | None = None  # V-STaR only: the fingerprint of the model that the run started with
 
 
 class Rounds:
@@ -189,9 +163,9 @@ class Rounds:
 
     def report(self, number: int) -> dict[str, Any]:
         path = self.folder(number) / REPORT
-        report = read_report(path, Report)
-        if report["round"] != number:
-            raise ValueError(f"{path}: it is of round {report['round']}: move this folder, where round {number} belongs")
+        report = read_json(path, dict[str, Any])
+        if (found := report.get("round")) != number:
+            raise ValueError(f"{path}: it is of round {found}: move this folder, where round {number} belongs")
         return report
 
     def reports(self) -> list[dict[str, Any]]:

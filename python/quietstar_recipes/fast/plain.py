@@ -24,7 +24,7 @@ from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.log import LOG
 from quietstar_recipes.common.logprobs import evaluating, positions
-from quietstar_recipes.common.saving import Progress, State, load_model
+from quietstar_recipes.common.saving import Progress, load_model
 from quietstar_recipes.common.training import adamw, train
 
 MODEL, PLAIN = "model", "plain"  # what it writes: the best checkpoint, and the state to resume from
@@ -78,12 +78,6 @@ class PlainConfig:
         return 2 * self.steps if self.plain_steps is None else self.plain_steps
 
 
-class RunState(State):
-    """Where a run is; ``best`` is the lowest held-out loss."""
-
-    best: float | None
-
-
 def initial(model: PreTrainedModel, teacher: QuietStar, config: PlainConfig) -> PreTrainedModel:
     """The plain model before its training: a copy of ``model``, with the teacher's weights if ``plain_start`` says so."""
     student = copy.deepcopy(model)
@@ -101,7 +95,7 @@ def train_plain(
         The best model by held-out loss, and that loss.
     """
     folder, texts = Path(config.out) / MODEL, split_documents(data)
-    progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, True, RunState)
+    progress = Progress(Path(config.out) / PLAIN, Settings.of(config), {"step": 0, "best": None}, True)
     state, optimizer = progress.state, adamw(student, config.plain_rate, weight_decay=0.0)
     progress.load(student, optimizer)
     left = f"{config.plain_updates - state['step']:,}"

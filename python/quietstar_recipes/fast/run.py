@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import msgspec
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig, option
 from quietstar.evaluation.losses import evaluate, token_losses
+from quietstar.files.reading import read_json
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings, tokens_hash
@@ -30,24 +30,11 @@ from quietstar.training import train
 from quietstar_kernels.checks import check_at_least, check_positive
 from quietstar_recipes.common.log import LOG
 from quietstar_recipes.common.plots import Panel, panels
-from quietstar_recipes.common.saving import Count, Rounds, fingerprint, read_report, write_json
+from quietstar_recipes.common.saving import Rounds, fingerprint, write_json
 from quietstar_recipes.fast import plain
 
 TEXTS, NEW, TURNS = 4, 16, 3  # of the speed measurement: texts continued at once, most new tokens of each, and repetitions
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; the last is .json and .png
-
-
-class Chosen(msgspec.Struct):
-    """chosen.json: the figures of a stage's best checkpoint, in nats but for the first two and the last."""
-
-    thought_tokens: Count
-    lookahead: Count
-    base: float
-    mixed: float
-    gain: float
-    gain_low: float
-    gain_high: float
-    score: float
 
 
 @dataclass
@@ -152,7 +139,7 @@ def run_stage(
     score: Callable[[QuietStar], float] | None,
 ) -> dict[str, Any]:
     """Run one stage and keep its best checkpoint in ``folder``/best; returns the figures of that checkpoint."""
-    chosen = read_report(folder / CHOSEN, Chosen) if (folder / CHOSEN).exists() else None
+    chosen = read_json(folder / CHOSEN, dict[str, Any]) if (folder / CHOSEN).exists() else None
 
     def choose(qs: QuietStar) -> dict[str, float]:
         nonlocal chosen

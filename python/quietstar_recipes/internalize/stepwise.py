@@ -16,13 +16,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import option
-from quietstar.files.reading import as_type
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
@@ -32,7 +30,7 @@ from quietstar_recipes.common.log import log_figures
 from quietstar_recipes.common.logprobs import check_length, logprob
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
-from quietstar_recipes.common.saving import Count, Progress, State, hashes, load_model, save_model, write_json
+from quietstar_recipes.common.saving import Progress, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.training import adamw, train
 from quietstar_recipes.tasks import Row, Task
 
@@ -77,40 +75,6 @@ class Config:
         check("internalize", self, "remove_all_beyond", beyond is None or beyond >= 0, "None, or 0 or more")
         kept = self.keep_position and self.side == "right"
         check("internalize", self, "side", not kept, "left where keep_position is on")
-
-
-class AnswerFigures(msgspec.Struct):
-    """What ``figures`` returns and a plot shows."""
-
-    accuracy: float
-    digits: list[float]
-    tokens: float
-    problems_per_second: float
-    tokens_per_second: float
-
-
-class StageFigures(AnswerFigures, kw_only=True):
-    """The same of a finished stage."""
-
-    removed: Count
-    steps: Count
-
-
-class RunState(State):
-    """Where a run is.
-
-    Attributes:
-        stage, done: finished stages, and updates of the current one.
-        best: figures of the best model of the last stage.
-        lines: figures of the finished stages.
-        chainless: whether no row of the latest batch had a chain left.
-    """
-
-    stage: Count
-    done: Count
-    best: AnswerFigures | None
-    lines: list[StageFigures]
-    chainless: bool
 
 
 def stages(config: Config, longest: int) -> list[tuple[int, int]]:
@@ -229,7 +193,11 @@ def check_rows(model: PreTrainedModel, task: Task, rows: Sequence[Row], config: 
 
 
 class Stages:
-    """All stages of a run: what it trains, on what, and where it is, which ``state`` says as in ``RunState``."""
+    """All stages of a run: what it trains, on what, and where it is.
+
+    ``state`` has the number of finished stages (stage) and of updates of the current one (done), the figures of the best model
+    of the last stage (best) and of the finished stages (lines), and whether the latest batch had no chain left (chainless).
+    """
 
     def __init__(
         self,
@@ -246,7 +214,7 @@ class Stages:
         self.plan, self.training, self.valid = plan, training, valid
         begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
         settings = Settings.of(config, recipe="internalize", model=name, task=task.name, inputs=hashes(task, model, name))
-        self.progress = Progress(config.out, settings, begin, resume, RunState)
+        self.progress = Progress(config.out, settings, begin, resume)
         self.state, self.optimizer = self.progress.state, adamw(model, config.learning_rate, config.weight_decay)
         self.progress.load(model, self.optimizer)
 
@@ -330,26 +298,16 @@ class Stages:
         log_figures(self.config.out, line)
 
 
-class Line(msgspec.Struct):
-    """What ``losses`` reads in a line of metrics."""
-
-    step: Count
-    removed: Count
-    loss: float
-    first_token_loss: float
-
-
 def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """The training loss of a run's metrics, averaged over a few updates at a time, never across stages.
 
     "step" is the last of these updates.
     """
     width = max(1, math.ceil(len(lines) / POINTS))
-    known = as_type(list[Line], lines, "metrics.jsonl")
-    parts = [list(some) for _, some in groupby(known, lambda line: (line.removed, (line.step - 1) // width))]
+    parts = [list(some) for _, some in groupby(lines, lambda line: (line["removed"], (line["step"] - 1) // width))]
     return [
-        {name: getattr(some[-1], name) for name in ("step", "removed")}
-        | {name: fmean(getattr(line, name) for line in some) for name in ("loss", "first_token_loss")}
+        {name: some[-1][name] for name in ("step", "removed")}
+        | {name: fmean(line[name] for line in some) for name in ("loss", "first_token_loss")}
         for some in parts
     ]
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.evaluation.intervals import paired
-from quietstar.files.reading import as_type
 from quietstar.run.batches import mix_seed
 from quietstar_recipes.common.plots import Panel, Points, panels
 from quietstar_recipes.common.sampling import Completion, rollout
@@ -216,38 +214,15 @@ def reaching(samples: Sequence[Sample], budget: int) -> Sequence[Sample]:
     return samples[:count]
 
 
-class AttemptFigures(msgspec.Struct):
-    """What a report has about a model, and a plot shows."""
-
-    problems: Annotated[int, msgspec.Meta(ge=1)]
-    accuracy_first: float
-    accuracy_second: float
-    accuracy_by_attempt: list[float]
-    changes: list[int]
-    votes: list[dict[str, float]]
-
-
-class Line(msgspec.Struct):
-    """What a plot shows of a line of metrics."""
-
-    step: int
-    stage: int
-    accuracy_first: float
-    accuracy_second: float
-    divergence_first: float
-    divergence_second: float
-
-
 def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], title: str) -> None:
     """Plot a run's report and its metrics, a line per update; does nothing without matplotlib."""
-    known = as_type(list[Line], lines, "metrics.jsonl")
 
     def over(*names: str) -> dict[str, list[Points]]:
         """Means of both attempts' figures over a few updates at a time."""
-        width = max(1, len(known) // POINTS)
-        parts = [known[i : i + width] for i in range(0, len(known), width)]
+        width = max(1, len(lines) // POINTS)
+        parts = [lines[i : i + width] for i in range(0, len(lines), width)]
         return {
-            label: [[(part[-1].step, fmean(getattr(line, name) for line in part)) for part in parts]]
+            label: [[(part[-1]["step"], fmean(line[name] for line in part)) for part in parts]]
             for label, name in zip(("first attempt", "second attempt"), names, strict=True)
         }
 
@@ -262,7 +237,7 @@ def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
         end: [[(x, count / figures["problems"]) for x, count in zip(edges, figures["changes"], strict=True)]]
         for end, figures in report.items()
     }
-    ends = [b.step - 1 for a, b in zip(known, known[1:], strict=False) if a.stage != b.stage]
+    ends = [b["step"] - 1 for a, b in zip(lines, lines[1:], strict=False) if a["stage"] != b["stage"]]
     plots = [
         Panel("update", "reward of an attempt", over("accuracy_first", "accuracy_second"), marks=ends),
         Panel("update", "divergence from the base, nats per token", over("divergence_first", "divergence_second"), marks=ends),

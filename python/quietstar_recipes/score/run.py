@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 import torch
 from transformers import PreTrainedModel
 
@@ -30,10 +29,10 @@ from quietstar_recipes.common.evaluation import nothing_solved
 from quietstar_recipes.common.log import LOG, log_figures
 from quietstar_recipes.common.logprobs import evaluating
 from quietstar_recipes.common.sampling import rollout
-from quietstar_recipes.common.saving import Progress, State, hashes, load_model, save_model, write_json
+from quietstar_recipes.common.saving import Progress, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
-from quietstar_recipes.score.attempts import AttemptFigures, accuracy_by_attempt, attempt, plot, votes
+from quietstar_recipes.score.attempts import accuracy_by_attempt, attempt, plot, votes
 from quietstar_recipes.score.objective import Objective, advantages, by_turn, log_ratios, logprob_and_divergence, loss
 from quietstar_recipes.tasks import Row, Task
 
@@ -95,20 +94,6 @@ class Config(Objective):
         return {"temperature": temperature, "max_new": self.max_new, "batch_size": self.batch_size}
 
 
-class Checkpoint(msgspec.Struct):
-    """A checkpoint of the stage under way, and the mean reward of the updates that led to it from the one before."""
-
-    step: Annotated[int, msgspec.Meta(ge=1)]
-    reward: float
-
-
-class RunState(State):
-    """Where a run is, the best checkpoint of the stage, and the figures of the base model and of each finished stage."""
-
-    best: Checkpoint | None
-    report: dict[str, AttemptFigures]
-
-
 @alone_in_out(Config)
 def score(
     model: PreTrainedModel,
@@ -138,7 +123,7 @@ def score(
     config = config or Config()
     # 1. The start: a model that makes second attempts, a copy that stays as it is, and the optimizer.
     settings = Settings.of(config, recipe="score", model=name, task=task.name, inputs=hashes(task, model, name))
-    progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, RunState)
+    progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume)
     if config.two_turn_steps and not progress.begun:
         learn_two_turns(model, task, config)
         save_model(Path(config.out) / START, model, task, {})

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import msgspec
 import torch
 from transformers import PreTrainedModel
 
 from quietstar.config import option
+from quietstar.files.reading import read_json
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
@@ -27,7 +27,7 @@ from quietstar_recipes.common import plots, saving, selectors
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
 from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
-from quietstar_recipes.common.saving import Count, Rounds, fingerprint, hashes, load_model
+from quietstar_recipes.common.saving import Rounds, fingerprint, hashes, load_model
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
 from quietstar_recipes.common.training import Example, SFTConfig, sft
@@ -60,14 +60,6 @@ class Config(SFTConfig, Sampling, DPO):
         check_at_least("vstar", self, 0, ("sft_steps",))
         check_at_least("vstar", self, 2, ("samples", "test_samples"))
         check("vstar", self, "temperature", self.temperature > 0, "above 0, or all samples are one")
-
-
-class VerifierReport(msgspec.Struct):
-    """What the report of a verifier has, beside its losses."""
-
-    rounds: Count  # how many rounds' solutions it has learnt from
-    pairs: Count
-    updates: Count
 
 
 @alone_in_out(Config)
@@ -173,7 +165,7 @@ def train_or_load_verifier(
     """The verifier of a run; trained unless the run already has one after as many rounds."""
     folder = run.out / "verifier"
     if folder.exists():
-        report = saving.read_report(folder / saving.REPORT, VerifierReport)
+        report = read_json(folder / saving.REPORT, dict[str, Any])
         if report["rounds"] == config.rounds:
             return load_model(folder, model), report
     pairs, held_out = (make_pairs(solutions, split, config.pairs, config.seed) for split in ("train", "valid"))

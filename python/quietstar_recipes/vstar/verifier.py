@@ -10,9 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
-import msgspec
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
@@ -34,12 +33,6 @@ class Solution(TypedDict):
     ids: list[int]
     right: bool
     split: str
-
-
-class Start(msgspec.Struct):
-    """What a report says about the model that the run started with."""
-
-    base: str | None = None
 
 
 Pair = tuple[list[int], list[int], list[int]]  # ids of a prompt, a right and a wrong solution
@@ -162,7 +155,7 @@ def load_verifier(path: str, generator: str, model: PreTrainedModel, task: Task)
     if shapes[0] != shapes[1]:
         raise ValueError(f"{other}: its weights have other shapes than {named}")
     folders = [Path(path), *([Path(checkpoint_of(generator))] if generator else [])]
-    bases = [read_json(file, Start).base for x in folders if (file := x / REPORT).is_file()]
+    bases = [read_json(file, dict[str, Any]).get("base") for x in folders if (file := x / REPORT).is_file()]
     if len(bases) == 2 and None not in bases and bases[0] != bases[1]:
         raise ValueError(f"{other}, {bases[0]}; {generator} started with {bases[1]}")
     return verifier

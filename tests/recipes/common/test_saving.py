@@ -113,23 +113,6 @@ def test_a_run_of_other_settings_or_of_another_model_is_refused(trained, tmp_pat
         progress_in(tmp_path / "run").load(tiny(width=16))
 
 
-STATE = json.dumps({"settings": SETTINGS.values, "state": {"step": "STEP"}})
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        *((x, "state.json") for x in ("[]", "null", DEEP, '{"settings": [], "state": {}}')),
-        *((STATE.replace('"STEP"', x), r"state.json: state: .* \$.step") for x in ("-1", "null", "1.5", '"x"')),
-    ],
-)
-def test_a_state_that_no_run_can_have_is_named(progress, content, message):
-    folder, resume = progress
-    (folder / "state.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        resume()
-
-
 def test_a_save_that_fails_leaves_the_one_before(trained, progress, tmp_path, monkeypatch):
     def full(tensors, path):
         raise saving.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -229,17 +212,11 @@ def test_a_round_in_another_rounds_place_and_a_damaged_line_are_named(rounds):
         resume()
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "null", '{"round": ', '{"round": 0}', '{"round": -1, "accuracy": 0.5}', DEEP, '{"round": 0, "accuracy": "x"}'],
-)
-def test_a_report_of_another_form_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "[]", '{"round": ', DEEP])
+@pytest.mark.parametrize("name", ["round-00/report.json", "recipe.json"])
+def test_a_file_that_is_no_object_is_named(tmp_path, content, name):
     run = Rounds(tmp_path, SETTINGS, resume=False)
     run.folder(0).mkdir()
-    (run.folder(0) / "report.json").write_text(content)
-    with pytest.raises(ValueError, match="round-00/report.json"):
-        run.log("star", 1)
-    if not content.startswith('{"round": 0') and "-1" not in content:
-        (tmp_path / "recipe.json").write_text(content)
-        with pytest.raises(ValueError, match="recipe.json"):
-            Rounds(tmp_path, SETTINGS, resume=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        Rounds(tmp_path, SETTINGS, resume=True)
