@@ -29,7 +29,7 @@ from quietstar_recipes.vstar.command import COLUMNS as VSTAR
         (internalize.Config, {"keep_position": True, "side": "right"}, "side must be left where keep_position is on, got"),
         (score.Config, {"problems": 1, "samples": 1}, "problems must be 2 or more where samples is 1"),
         (score.Config, {"from_base": 1.1}, "from_base must be from 0 to 1, got 1.1"),
-        (score.Config, {"kl_in": "both"}, "kl_in must be 'reward' or 'loss', got 'both'"),
+        (score.Config, {"credit": "both"}, "credit must be 'turn' or 'joint', got 'both'"),
         (score.Config, {"single_turn": True}, "first_steps must be 0 with single_turn, since stage I .*, got 150"),
         (fast.Config, {"plain_steps": 0}, "plain_steps must be None, or 1 or more, got 0"),
         (fast.Config, {"later_rate": 0.0}, "later_rate must be above 0, got 0.0"),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 from quietstar.cli import main as cli
+from quietstar_recipes.common.logprobs import logprob
 from quietstar_recipes.common.models import small_model
 from quietstar_recipes.common.sampling import Completion, rollout
 from quietstar_recipes.score import attempts as score_attempts
@@ -18,7 +20,7 @@ from quietstar_recipes.score import baselines
 from quietstar_recipes.score import run as recipe
 from quietstar_recipes.score.attempts import Attempts, accuracy_by_attempt, attempt, votes
 from quietstar_recipes.score.baselines import corrected, paired
-from quietstar_recipes.score.objective import Objective, advantages, log_ratios, logprob_and_divergence, loss
+from quietstar_recipes.score.objective import Objective, advantages, by_turn, divergence, log_ratios, loss
 from quietstar_recipes.score.run import Config, evaluate, score
 from quietstar_recipes.tasks import Addition
 from tests.recipes.conftest import json_lines, same, seeded
@@ -92,20 +94,6 @@ def test_advantages_compare_with_the_others():
     torch.testing.assert_close(advantages(earned, 2), torch.tensor([[-1.0, 1.0, 1.0, -1.0], [4.0, -4.0, 0.0, 0.0]]))
 
 
-def test_standardised_advantages_have_variance_one():
-    """For each attempt separately, in the same places and with the same sign; equal returns still give 0."""
-    right = (torch.rand(2, 24, generator=seeded(0)) < 0.4).float()
-    objective = Objective()
-    for samples in (1, 4):
-        plain, found = (advantages(objective.returns(right, 2, 0 * right), samples, flag) for flag in (False, True))
-        torch.testing.assert_close(found.var(1, correction=0), torch.ones(2))
-        ratio = found / plain.where(plain != 0, 1)
-        torch.testing.assert_close(ratio, ratio.max(1, keepdim=True).values.expand_as(ratio) * (plain != 0))
-        assert plain[1].var() > 9 * plain[0].var()
-        assert advantages(objective.returns(right, 1, 0 * right), samples, True)[0].tolist() == [0.0] * 24
-        assert advantages(torch.full((2, 24), 1.1), samples, True).abs().max() < 1e-6  # rounding is not scaled up
-
-
 def test_figures_count_what_was_fixed_and_broken():
     rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0, 1.0]])
     first, second = [[1], [1, 2], [3], [4], [5]], [[1], [1, 3], [7], [4], [6]]
@@ -155,15 +143,12 @@ def test_the_second_attempt_sees_the_first_but_not_the_answer(monkeypatch):
     assert attempt("model", task, rows, SAMPLING, 0).own.all()
 
 
-def test_log_probability_and_divergence_are_the_row_by_row_result():
+def test_the_divergence_is_the_row_by_row_result():
     model, base_model = tiny(), moved(tiny())
-    logprob, divergence = logprob_and_divergence(model, base_model, PROMPTS, FIRST)
-    for i, (prompt, ids) in enumerate(zip(PROMPTS, FIRST, strict=True)):
-        whole = torch.tensor([prompt + ids])
-        p, q = (m(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1).detach() for m in (model, base_model))
-        expected, kl = p.gather(1, torch.tensor(ids)[:, None]).sum(), kl_div(q, p, log_target=True, reduction="sum")
-        torch.testing.assert_close((logprob[i], divergence[i]), (expected.float(), kl.float()), rtol=1e-5, atol=0)
-        assert kl > 1e-4
+    for prompt, ids, found in zip(PROMPTS, FIRST, divergence(model, base_model, PROMPTS, FIRST), strict=True):
+        p, q = (m(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (model, base_model))
+        torch.testing.assert_close(found, kl_div(q, p, log_target=True, reduction="sum").float(), rtol=1e-5, atol=0)
+        assert found > 1e-4
 
 
 def gradient(value, model):
@@ -177,31 +162,19 @@ def attempts(first=FIRST, second=SECOND, own=None):
     return made(first, second, own=own, prompts=PROMPTS)
 
 
-def test_the_loss_is_reinforce_and_the_divergence():
-    model, base_model = tiny(), moved(tiny())
+def test_the_loss_is_reinforce():
+    model = tiny()
     advantage = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.25]])
-    objective = Objective(kl=0.3, first_kl=0.7, kl_in="loss")
-    (p1, kl1), (p2, kl2) = (logprob_and_divergence(model, base_model, *turn) for turn in attempts().turns())
+    p1, p2 = (logprob(model, *turn)[0].sum(1) for turn in attempts().turns())
     policy = -advantage[0] * p1 - advantage[1] * p2
-    for stage, held in ((1, 0.7 * kl1 + 0.3 * kl2), (2, 0.3 * (kl1 + kl2))):
-        found, divergence = loss(model, base_model, attempts(), advantage, stage, objective)
-        torch.testing.assert_close(found, policy + held)
-        torch.testing.assert_close(divergence, torch.stack([kl1, kl2]))
-        assert not divergence.requires_grad
-        in_reward, nothing = loss(model, base_model, attempts(), advantage, stage, Objective())
-        torch.testing.assert_close(in_reward, policy)
-        assert nothing.abs().max() == 0
-    # First attempts of the base are kept close to it like the others, but not reinforced.
-    found, _ = loss(model, base_model, attempts(own=torch.tensor([True, False, True])), advantage, 2, objective)
-    torch.testing.assert_close(found, policy + torch.tensor([0, -1, 0]) * p1 + held)
-    single, divergence = loss(model, base_model, attempts(), advantage, 2, Objective(kl=0.3, kl_in="loss", single_turn=True))
-    torch.testing.assert_close(single, -advantage[0] * p1 + 0.3 * kl1)
-    assert divergence[1].abs().max() == 0
+    torch.testing.assert_close(loss(model, attempts(), advantage, False), policy)
+    found = loss(model, attempts(own=torch.tensor([True, False, True])), advantage, False)
+    torch.testing.assert_close(found, policy + torch.tensor([0, -1, 0]) * p1)  # the base's first attempts aren't reinforced
+    torch.testing.assert_close(loss(model, attempts(), advantage, True), -advantage[0] * p1)
 
 
-@pytest.mark.parametrize("kl_in", ["reward", "loss"])
 @pytest.mark.parametrize("single_turn", [False, True])
-def test_the_loss_is_the_same_with_trees(both, kl_in, single_turn):
+def test_the_loss_is_the_same_with_trees(both, single_turn):
     """Two attempts at each of two problems, of which the second goes on from the first without its end."""
     model, base_model = tiny(dtype=torch.float32), moved(tiny(dtype=torch.float32))
     prompts = [[5, 6, 7]] * 2 + [[5, 9]] * 2
@@ -209,35 +182,30 @@ def test_the_loss_is_the_same_with_trees(both, kl_in, single_turn):
     found = made(first, second, prompts=prompts)
     found = dataclasses.replace(found, requests=[prompt + ids[:-1] + [4] for prompt, ids in zip(prompts, first, strict=True)])
     advantage = torch.tensor([[0.5, -1.0, 2.0, 0.25], [3.0, 0.0, -0.25, 1.0]])
-    objective = Objective(kl=0.3, kl_in=kl_in, single_turn=single_turn)
 
     def step():
-        value, divergences = loss(model, base_model, found, advantage, 2, objective)
-        return value.detach(), divergences, gradient(value.sum(), model), log_ratios(base_model, found, 256)
+        value = loss(model, found, advantage, single_turn)
+        apart = by_turn(model, list(found.turns()), partial(divergence, model, base_model))
+        return value.detach(), gradient(value.sum(), model), log_ratios(base_model, found, 256), torch.stack(apart).detach()
 
     plain, shared = both(step)
     torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_the_divergence_in_the_reward_is_that_of_whole_attempts():
-    """Over all attempts of two tokens: in expectation its gradient is the divergence's, that at each token is not."""
+    """Over all attempts of two tokens: in expectation its gradient is the divergence's."""
     model, base_model = tiny(), moved(tiny(), 0.2)
     V = model.config.vocab_size
     both = [[i, j] for i in range(V) for j in range(V)]
     every = made(both, both, prompts=[[5]] * len(both))
-    logprob, divergence = logprob_and_divergence(model, base_model, [[5]] * len(both), both)
-    other, _ = logprob_and_divergence(base_model, model, [[5]] * len(both), both)
-    p = logprob.exp()
-    at_tokens = torch.autograd.grad((p.detach() * divergence).sum(), list(model.parameters()), retain_graph=True)
-    exact = gradient((p * (logprob - other.detach())).sum(), model)
-
-    every.logprob[:] = logprob.detach()
+    own, other = (logprob(x, [[5]] * len(both), both)[0].sum(1) for x in (model, base_model))
+    p = own.exp()
+    exact = gradient((p * (own - other.detach())).sum(), model)
+    every.logprob[:] = own.detach()
     ratio = log_ratios(base_model, every, 100)[0]
-    torch.testing.assert_close(ratio, (logprob - other).detach().float(), atol=1e-5, rtol=1e-4)
-    value, _ = loss(model, base_model, every, torch.stack([-ratio, 0 * ratio]), 2, Objective())
-    weighted = gradient((p.detach() * value).sum(), model)
+    torch.testing.assert_close(ratio, (own - other).detach().float(), atol=1e-5, rtol=1e-4)
+    weighted = gradient((p.detach() * loss(model, every, torch.stack([-ratio, 0 * ratio]), False)).sum(), model)
     torch.testing.assert_close(weighted, exact, atol=1e-5, rtol=1e-4)
-    assert (torch.cat([g.flatten() for g in at_tokens]) - exact).norm() > 0.05 * exact.norm()
 
 
 @pytest.mark.long
@@ -307,14 +275,13 @@ def test_the_warm_up_is_on_the_models_own_attempts(solver, monkeypatch):
     assert any(first != second for (_, first), (_, second) in zip(once, again, strict=True))
 
 
-def test_the_base_the_optimizer_of_each_stage_and_standardised_advantages(run, solver, monkeypatch):
+def test_the_base_and_the_optimizer_of_each_stage(run, solver, monkeypatch):
     made, original = [], recipe.adamw
     monkeypatch.setattr(recipe, "adamw", lambda *arguments: made.append(original(*arguments)) or made[-1])
     monkeypatch.setattr(recipe, "plot", lambda *_: None)
     short = {"first_steps": 1, "second_steps": 1, "held_out": 4}
-    model, report, _ = run(base=moved(solver[0]), **short)
+    _, report, _ = run(base=moved(solver[0]), **short)
     assert report["base"]["divergence_first"] > 1e-3 and len(made) == 2
-    assert not same(model, run("standardised", base=moved(solver[0]), standardise=True, **short)[0])
 
 
 def test_first_attempts_of_the_base_are_not_in_the_figures(run, monkeypatch):
@@ -362,7 +329,7 @@ def test_evaluate_is_of_greedy_attempts(solver):
     greedy = attempt(moved(model, 0.02), task, test, config.sampling(0.0), config.seed)
     assert found.items() >= greedy.figures().items()
     assert len(found["accuracy_by_attempt"]) == config.attempts
-    _, nats = logprob_and_divergence(moved(model, 0.02), model, greedy.requests, greedy.second)
+    nats = divergence(moved(model, 0.02), model, greedy.requests, greedy.second)
     assert found["divergence_second"] == pytest.approx(float(nats.sum().detach()) / sum(map(len, greedy.second)), rel=1e-4)
 
 
@@ -443,7 +410,7 @@ def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):
 def test_command(solver_folder, tmp_path, capsys):
     options = [f"--model={solver_folder}", f"--out={tmp_path / 'run'}", "--task=addition", "--digits=1", "--max-new=8"]
     options += ["--first-steps=1", "--second-steps=1", "--problems=8", "--held-out=4", "--chains=1", "--attempts=3"]
-    assert cli.main(["score", *options, "--standardise"]) == 0
+    assert cli.main(["score", *options]) == 0
     printed = capsys.readouterr().out
     assert "stage II" in printed and "attempt 3" in printed
 

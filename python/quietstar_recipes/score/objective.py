@@ -30,13 +30,8 @@ class Objective:
     bonus: float = option(10.0, "alpha: the second attempt also earns this times its reward minus the first's; 0 is a control")
     kl: float = option(0.01, "beta 1, weight of the divergence from the base model: both attempts in stage II, the second in I")
     first_kl: float = option(0.1, "beta 2, weight of the divergence of the first attempt in stage I")
-    kl_in: Literal["reward", "loss"] = option(
-        "reward",
-        "reward: the whole attempt's log-ratio lowers its reward; loss: the divergence at each token, which varies less",
-    )
     credit: Literal["turn", "joint"] = option("turn", "turn: the first attempt earns its own reward; joint: also the second's")
     single_turn: bool = option(False, "train first attempts alone, by their own reward: a control, without stage I")
-    standardise: bool = option(False, "divide the advantages of each attempt by their standard deviation over the batch")
 
     def __post_init__(self) -> None:
         check_types("score", self)
@@ -68,8 +63,7 @@ class Objective:
 def log_ratios(base: PreTrainedModel, attempts: Attempts, batch_size: int) -> Tensor:
     """log p(y) - log q(y), [2,R], of whole attempts under the model that wrote them and under the base model.
 
-    Its mean is the divergence. In a reward it also counts that an early token leads to places where the models differ, which
-    the divergence at each token leaves out of the gradient.
+    Its mean is the divergence. In a reward it also counts that an early token leads to places where the models differ.
     """
     return attempts.logprob - torch.tensor(likelihoods(base, *flat(attempts.turns()), batch_size)).view(2, -1)
 
@@ -81,66 +75,44 @@ def flat(turns: Iterable[Turn]) -> Turn:
 
 
 def by_turn(
-    model: PreTrainedModel, turns: Sequence[Turn], score: Callable[[list[list[int]], list[list[int]]], tuple[Tensor, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Two scores [R] of each turn's completions, in one pass where that reads once what a second attempt has of the first."""
+    model: PreTrainedModel, turns: Sequence[Turn], score: Callable[[list[list[int]], list[list[int]]], Tensor]
+) -> list[Tensor]:
+    """A score [R] of each turn's completions, in one pass where that reads once what a second attempt has of the first."""
     prompts, completions = flat(turns)
     if not may_share(model, prompts, completions):
         return [score(*turn) for turn in turns]
-    first, second = (x.chunk(len(turns)) for x in score(prompts, completions))
-    return list(zip(first, second, strict=True))
+    return list(score(prompts, completions).chunk(len(turns)))
 
 
-def advantages(returns: Tensor, samples: int, standardise: bool = False) -> Tensor:
-    """Returns [2,R] minus the mean of the other samples of the problem, or of the other problems if there is one sample each.
-
-    With ``standardise`` the advantages of each attempt have variance 1, unless all are 0, as the first attempt's are in stage
-    I. A bonus then only decides which second attempts are better, and no longer how much more they count than the first ones.
-    """
+def advantages(returns: Tensor, samples: int) -> Tensor:
+    """Returns [2,R] minus the mean of the problem's other samples, or of the other problems if there is one sample each."""
     groups = returns.unflatten(1, (-1, samples)) if samples > 1 else returns[:, None]
     n = groups.shape[2]
-    found = ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
-    deviation = found.std(1, correction=0, keepdim=True)  # their mean is 0
-    return found / deviation.where(deviation > 1e-6, 1) if standardise else found
+    return ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
 
 
-def logprob_and_divergence(
+def divergence(
     model: PreTrainedModel, base: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """Log-probability [R] of each completion, and the divergence [R] of the model from the base, summed over its tokens.
+) -> Tensor:
+    """The divergence [R] of the model from the base, summed over the tokens of each completion.
 
-    The divergence is that of the whole distribution at each token, sum over v of p(v) (log p(v) - log q(v)), with a gradient.
+    It is that of the whole distribution at each token, sum over v of p(v) (log p(v) - log q(v)).
     """
-    logits, ids, mask = completion_logits(model, prompts, completions)
-    with torch.no_grad():
-        other = completion_logits(base, prompts, completions)[0][:, :-1].log_softmax(-1)
-    logprob = logits[:, :-1].log_softmax(-1)
-    chosen = logprob.gather(2, ids[..., None])[..., 0]
-    divergence = (logprob.exp() * (logprob - other)).sum(-1)
-    return chosen.where(mask, 0).sum(1), divergence.where(mask, 0).sum(1)
+    logits, _, mask = completion_logits(model, prompts, completions)
+    p, q = (x[:, :-1].log_softmax(-1) for x in (logits, completion_logits(base, prompts, completions)[0]))
+    return (p.exp() * (p - q)).sum(-1).where(mask, 0).sum(1)
 
 
-def loss(
-    model: PreTrainedModel, base: PreTrainedModel, attempts: Attempts, advantage: Tensor, stage: int, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """The loss of each problem [R], and the divergence of both attempts [2,R], which has no gradient.
+def loss(model: PreTrainedModel, attempts: Attempts, advantage: Tensor, single_turn: bool) -> Tensor:
+    """The loss of each problem [R], for the ``advantage`` [2,R] of both attempts.
 
-    With ``kl_in="reward"`` the divergence is part of the ``advantage`` [2,R], and zeros are returned for it. First attempts
-    that the base model wrote are not reinforced, since REINFORCE's gradient is an expectation over the model's own samples.
-    They are what the second attempt responds to, and with ``kl_in="loss"`` one more place where the model is kept close.
+    First attempts that the base model wrote are not reinforced, since REINFORCE's gradient is an expectation over the model's
+    own samples. They are what the second attempt responds to.
     """
     advantage = (advantage * torch.stack([attempts.own, torch.ones_like(attempts.own)])).to(model.device)
-    weights = objective.weights(stage).tolist()
-    value, divergences = torch.zeros_like(advantage[0]), torch.zeros_like(advantage)
-
-    def scored(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
-        if objective.kl_in == "loss":
-            return logprob_and_divergence(model, base, prompts, completions)
-        chosen = logprob(model, prompts, completions)[0].sum(1)
-        return chosen, torch.zeros_like(chosen)
-
-    turns = list(attempts.turns())[: 1 if objective.single_turn else 2]
-    for turn, (chosen, divergence) in enumerate(by_turn(model, turns, scored)):
-        value = value - advantage[turn] * chosen + weights[turn] * divergence
-        divergences[turn] = divergence.detach()
-    return value, divergences
+    turns = list(attempts.turns())[: 1 if single_turn else 2]
+    chosen = by_turn(model, turns, lambda prompts, completions: logprob(model, prompts, completions)[0].sum(1))
+    value = torch.zeros_like(advantage[0])
+    for turn, of_turn in enumerate(chosen):
+        value = value - advantage[turn] * of_turn
+    return value

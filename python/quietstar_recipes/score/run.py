@@ -33,7 +33,7 @@ from quietstar_recipes.common.saving import Progress, hashes, load_model, save_m
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
 from quietstar_recipes.score.attempts import accuracy_by_attempt, attempt, plot, votes
-from quietstar_recipes.score.objective import Objective, advantages, by_turn, log_ratios, logprob_and_divergence, loss
+from quietstar_recipes.score.objective import Objective, advantages, by_turn, divergence, log_ratios, loss
 from quietstar_recipes.tasks import Row, Task
 
 START, BEST, FIRST, MODEL = "two-turns", "best", "first-stage", "model"  # checkpoints of a run
@@ -215,8 +215,8 @@ def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Se
     nats = torch.zeros(2)
     with torch.no_grad():
         for part in greedy.parts(config.batch_size):
-            scored = by_turn(model, list(part.turns()), partial(logprob_and_divergence, model, base))
-            nats += torch.stack([divergence.sum() for _, divergence in scored]).cpu()
+            scored = by_turn(model, list(part.turns()), partial(divergence, model, base))
+            nats += torch.stack([of_turn.sum() for of_turn in scored]).cpu()
     first, second = (nats / greedy.tokens()).tolist()
     return {
         **greedy.figures(),
@@ -236,19 +236,17 @@ def attempt_gradient(model: PreTrainedModel, base: PreTrainedModel, task: Task, 
     attempts = attempt(model, task, rows, config.sampling(config.temperature), seed, base, config.from_base)
     if step == 0 and not attempts.rewards.any():
         raise ValueError(f"score: {nothing_solved(task, rows, attempts.first)}")
-    in_reward = config.kl_in == "reward"
-    divergence = log_ratios(base, attempts, config.batch_size) if in_reward else torch.zeros_like(attempts.rewards)
-    earned = config.returns(attempts.rewards, stage, config.weights(stage)[:, None] * divergence)
-    advantage = advantages(earned, config.samples, config.standardise)
-    losses, divergences = [], []
+    ratios = log_ratios(base, attempts, config.batch_size)
+    earned = config.returns(attempts.rewards, stage, config.weights(stage)[:, None] * ratios)
+    advantage = advantages(earned, config.samples)
+    losses = []
     for part, part_advantage in zip(attempts.parts(config.batch_size), advantage.split(config.batch_size, 1), strict=True):
-        value, at_tokens = loss(model, base, part, part_advantage, stage, config)
+        value = loss(model, part, part_advantage, config.single_turn)
         (value.sum() / len(rows)).backward()
         losses.append(value.detach())
-        divergences.append(at_tokens.cpu())
     tokens = attempts.tokens()
     own = attempts.own.nonzero()[:, 0].tolist() or range(len(rows))
-    first, second = ((divergence + torch.cat(divergences, 1)).sum(1) / tokens).tolist()
+    first, second = (ratios.sum(1) / tokens).tolist()
     return {
         "stage": stage,
         "loss": float(torch.cat(losses).mean()),
