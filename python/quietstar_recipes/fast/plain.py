@@ -152,7 +152,8 @@ def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: PlainCo
         teacher: [tokens,V], the thinking model's log-probabilities.
     """
     nll, thinking = (-x.gather(1, targets[:, None])[:, 0] for x in (logprob, teacher))
-    earned = reward(thinking, nll.detach(), config)
+    earned = thinking - nll.detach()
+    earned = torch.relu(earned) if config.clamp_reward else earned
     if config.objective == "likelihood":
         return nll.mean(), earned
     if config.objective == "distil":
@@ -160,11 +161,6 @@ def objective(logprob: Tensor, targets: Tensor, teacher: Tensor, config: PlainCo
     action = targets if config.objective == "observed" else logprob.detach().exp().multinomial(1)[:, 0]
     chosen = (logprob / config.plain_temperature).log_softmax(-1).gather(1, action[:, None])[:, 0]
     return -config.plain_weight * (earned * chosen).mean(), earned
-
-
-def reward(thinking: Tensor, plain: Tensor, config: PlainConfig) -> Tensor:
-    """The reward [tokens] of the plain model, from the losses of both models [tokens], nats."""
-    return torch.relu(thinking - plain) if config.clamp_reward else thinking - plain
 
 
 def predictions(model: PreTrainedModel, texts: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:

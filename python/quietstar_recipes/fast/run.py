@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig, option
-from quietstar.evaluation.losses import evaluate, token_losses
+from quietstar.evaluation.losses import evaluate
 from quietstar.files.reading import read_json
 from quietstar.run.batches import Example, mix_seed
 from quietstar.run.lock import alone_in_out
@@ -98,8 +98,8 @@ def fast(
 
     Returns:
         The plain model and the report: "base", "start" and "plain", held-out losses without thoughts of the original model and
-        of the plain one before and after its training; "stages", what was chosen in each; "positions", where thoughts help and
-        what is rewarded; all in nats per token. And "speeds", the cost of thoughts of each length.
+        of the plain one before and after its training; "stages", what was chosen in each; all in nats per token. And "speeds",
+        the cost of thoughts of each length.
 
     Raises:
         ValueError: no data, or fewer than two held-out texts.
@@ -121,8 +121,7 @@ def fast(
     before = plain.initial(model, qs, config)
     report["start"] = plain.loss(before, held_out, config.batch_size)
     student, report["plain"] = plain.train_plain(copy.deepcopy(before), qs, data, held_out, config)
-    # 3. Where thoughts help, and what they cost.
-    report["positions"] = by_position(before, student, qs, held_out, config)
+    # 3. What thoughts cost.
     report["speeds"] = speeds(qs, held_out, [T for T, _ in stages(config.curriculum)])
     write_json(Path(config.out) / f"{NAME}.json", report)
     plot(Path(config.out) / f"{NAME}.png", report, f"{len(held_out)} held-out texts")
@@ -191,28 +190,6 @@ def speeds(qs: QuietStar, texts: Sequence[Example], lengths: Sequence[int]) -> l
     ]
 
 
-def by_position(
-    before: PreTrainedModel, student: PreTrainedModel, teacher: QuietStar, texts: Sequence[Example], config: Config
-) -> list[dict[str, float]]:
-    """Means over texts at each position: what a thought there gains, and the reward of the plain model's tokens.
-
-    Returns:
-        position; texts, how many have that position; gain of the teacher's greedy thought, nats; reward_before and
-        reward_after, of the plain model before and after its training.
-    """
-    found = token_losses(teacher.eval(), texts, config.batch_size, controls=False)
-    columns = {"gain": found.base - found.mixed}
-    for name, model in (("reward_before", before), ("reward_after", student)):
-        columns[name] = plain.reward(found.mixed, plain.token_nll(model, texts, config.batch_size)[0], config)
-    counts = found.place.bincount()
-    sums = {name: found.place.bincount(values) for name, values in columns.items()}
-    return [
-        {"position": position, "texts": int(counts[position])}
-        | {name: float(x[position] / counts[position]) for name, x in sums.items()}
-        for position in counts.nonzero()[:, 0].tolist()
-    ]
-
-
 def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
     """Plot a run's report."""
     times = {x["thought_tokens"]: x["times_plain"] for x in report["speeds"]}
@@ -221,13 +198,8 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
     tokens = {"curriculum": [stages]}
     for name in ("base", "plain"):
         cost[name], tokens[name] = [[(times[0], report[name])]], [[(0, report[name])]]
-    by_name = {
-        name.replace("_", " "): [[(x["position"], x[name]) for x in report["positions"]]]
-        for name in ("gain", "reward_before", "reward_after")  # of the last stage's thought; of the plain model
-    }
     drawn = [
         Panel("seconds per token, relative to no thoughts", "held-out loss, nats", cost),
         Panel("tokens per thought", "held-out loss, nats", tokens),
-        Panel("position", "gain, reward; nats", by_name),
     ]
     panels(path, title, drawn)
