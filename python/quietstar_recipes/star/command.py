@@ -23,7 +23,6 @@ class Star(RoundsCommand):
         *TASK,
         *LORA,
         Rule("top_p", lambda o: o.temperature == 0, "with --temperature=0"),
-        Rule("hint_share", lambda o: not o.sft_steps, "without --sft-steps"),
         Rule("rationalize", lambda o: not o.filter, "with --no-filter, which keeps all chains"),
         Rule("rationale_check", lambda o: not (o.rationalize and o.filter), "without --rationalize"),
     ]

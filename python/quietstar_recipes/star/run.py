@@ -43,9 +43,6 @@ class Config(SFTConfig, Sampling):
     steps: int = option(40, "training steps of the first round")
     growth: float = option(1.2, "each round trains this many times as long as the one before")
     sft_steps: int = option(0, "steps of supervised training on the data's own chains, before the first round")
-    hint_share: float = option(
-        0.0, "share of that training's rows that show the answer, which teaches a small model to use a hint"
-    )
     warmup: int = option(100, "steps of linear warmup in each round")
     shots: int = option(
         0, "examples with chains before each prompt, for a model that was not trained on chains; they are never trained on"
@@ -69,8 +66,7 @@ class Config(SFTConfig, Sampling):
             part.__post_init__(self)
         check_at_least("star", self, 1, ("rounds", "problems", "steps", "test_problems", "valid_problems"))
         check_at_least("star", self, 0, ("sft_steps", "shots"))
-        for name in ("hint_share", "hint_rehearsal"):
-            check("star", self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        check("star", self, "hint_rehearsal", 0 <= self.hint_rehearsal <= 1, "from 0 to 1")
         check_positive("star", self, ("growth",))
 
 
@@ -114,7 +110,8 @@ def star(
     if run.done < 0:
         began = time.perf_counter()
         if config.sft_steps:
-            start_on_chains(model, task, config, generator)
+            rows = rows_with_chains(task, config.problems, generator, "star")
+            sft(model, [(row.prompt_ids, task.completion_ids(row)) for row in rows], config.sft_steps, config, config.seed)
         run.save(0, model, task, {"round": 0, **measured(model), "seconds": time.perf_counter() - began})
     # 3. Each round collects chains by the model before it, and trains on them the first model, or the latest one.
     current = load_model(run.folder(run.done), model)
@@ -130,17 +127,6 @@ def star(
         rows = [{"prompt": task.text(x.row.prompt_ids), "chain": task.text(x.ids), "hinted": x.hinted} for x in kept]
         run.save(number, current, task, report, kept=rows)
     return current, run.reports()
-
-
-def start_on_chains(model: PreTrainedModel, task: Task, config: Config, generator: torch.Generator) -> None:
-    """Supervised training on the data's chains, some with the hint: a start for models that don't follow examples."""
-    rows = rows_with_chains(task, config.problems, generator, "star")
-    hinted = torch.rand(len(rows), generator=generator) < config.hint_share
-    examples = [
-        (row.hinted_ids if hint else row.prompt_ids, task.completion_ids(row))
-        for row, hint in zip(rows, hinted.tolist(), strict=True)
-    ]
-    sft(model, examples, config.sft_steps, config, config.seed)
 
 
 def example_rows(task: Task, count: int, generator: torch.Generator) -> list[Row]:
