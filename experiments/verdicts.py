@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from quietstar_recipes.common.logprobs import likelihoods, logprob
 from quietstar_recipes.common.selectors import auc
 from quietstar_recipes.common.solutions import Scorer
-from quietstar_recipes.common.training import SFTConfig, adamw, token_batches, train
+from quietstar_recipes.common.training import SFTConfig, fine_tune
 from quietstar_recipes.tasks import Task
 from quietstar_recipes.vstar.verifier import Solution
 
@@ -26,8 +26,6 @@ def train_outcome(
     steps: int,
     config: SFTConfig,
     seed: int,
-    language_weight: float = 1.0,
-    log: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> PreTrainedModel:
     """A copy of the reference model that has learnt to say after a solution whether it is right.
 
@@ -37,44 +35,27 @@ def train_outcome(
 
     Args:
         solutions: of training and validation problems; without any of the latter the last weights are kept.
-        language_weight: of the cross entropy of right solutions; 0 leaves it out.
-        log: called with step and loss of each update and, where it was measured, valid_auc.
-
-    Raises:
-        ValueError: no training solutions, or a negative weight.
-        FloatingPointError: a gradient that is not finite.
     """
-    if language_weight < 0:
-        raise ValueError(f"train_outcome: language_weight must be at least 0, got {language_weight}")
     examples = [x for x in solutions if x["split"] == "train"]
-    if not examples:
-        raise ValueError("train_outcome: there is no solution of a training problem")
     held_out = [x for x in solutions if x["split"] == "valid"]
     verifier = copy.deepcopy(reference).train()
     best, best_auc = verifier, -1.0
-    batches = token_batches([len(x["prompt"]) + len(x["ids"]) + 1 for x in examples], config.batch_tokens, seed)
 
-    def gradient(step: int) -> dict[str, Any]:
-        loss = outcome_loss(verifier, task, [examples[i] for i in next(batches)], language_weight)
-        loss.backward()
-        return {"loss": float(loss.detach())}
+    def loss_of(trained: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
+        return outcome_loss(trained, task, [examples[i] for i in chosen]), len(chosen)
 
     def keep_best(line: dict[str, Any]) -> None:
         nonlocal best, best_auc
-        if line["step"] % max(1, steps // 10) == 0 and (value := outcome_auc(verifier, task, held_out)) is not None:
-            line["valid_auc"] = value
-            if value > best_auc:
-                best, best_auc = copy.deepcopy(verifier), value
-        log(line)
+        value = None if line["step"] % max(1, steps // 10) else outcome_auc(verifier, task, held_out)
+        if value is not None and value > best_auc:
+            best, best_auc = copy.deepcopy(verifier), value
 
-    optimizer = adamw(verifier, config.learning_rate, config.weight_decay)
-    options: dict[str, Any] = {"name": "train_outcome", "clip": config.clip, "rate": config.rate}
-    train(verifier, optimizer, steps, gradient, after=keep_best, **options)
+    fine_tune(verifier, [len(x["prompt"]) + len(x["ids"]) + 1 for x in examples], loss_of, steps, config, seed, keep_best)
     return best.eval()
 
 
-def outcome_loss(verifier: PreTrainedModel, task: Task, batch: Sequence[Solution], language_weight: float) -> Tensor:
-    """Cross entropy of the verdicts, in nats per solution, plus the weighted one of right solutions, in nats per token."""
+def outcome_loss(verifier: PreTrainedModel, task: Task, batch: Sequence[Solution]) -> Tensor:
+    """Cross entropy of the verdicts, in nats per solution, plus that of right solutions, in nats per token."""
     verdicts = [verdict(task, x["right"]) for x in batch]
     completions = [x["ids"] + ids for x, ids in zip(batch, verdicts, strict=True)]
     values, mask = logprob(verifier, [x["prompt"] for x in batch], completions)
@@ -82,7 +63,7 @@ def outcome_loss(verifier: PreTrainedModel, task: Task, batch: Sequence[Solution
     is_text = torch.arange(mask.shape[1], device=mask.device) < written
     right_text = is_text & torch.tensor([x["right"] for x in batch], device=mask.device)[:, None]
     language = -values[right_text].sum() / right_text.sum().clamp(min=1)
-    return -values[mask & ~is_text].sum() / len(batch) + language_weight * language
+    return -values[mask & ~is_text].sum() / len(batch) + language
 
 
 def outcome_auc(verifier: PreTrainedModel, task: Task, solutions: Sequence[Solution]) -> float | None:
