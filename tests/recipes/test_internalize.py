@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from quietstar.cli import main as cli
 from quietstar_recipes.common import plots
 from quietstar_recipes.common.models import small_model
-from quietstar_recipes.common.sampling import Completion, rollout
+from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.internalize import stepwise as icot
 from quietstar_recipes.internalize.stepwise import Config, internalize, removals, shortened, stages
 from quietstar_recipes.tasks import Addition, Multiplication, WordProblems
@@ -93,41 +93,24 @@ def test_the_loss_is_that_of_what_remains(run, monkeypatch):
     assert lines[0]["first_token_loss"] == pytest.approx(first / len(prompts), rel=1e-5)
 
 
-def positions_of_answers(task, calls):
-    """For each row of the calls, the position of the separator."""
-    found = []
-    for ids, positions in calls:
-        for row, place in zip(ids.tolist(), positions.tolist(), strict=True):
-            if task.separator_ids[0] in row:
-                found.append(place[row.index(task.separator_ids[0])])
-    return found
-
-
 @pytest.mark.parametrize("keep", [True, False])
-def test_positions(tmp_path, keep):
-    """In training and in cached generation the answer keeps its position after the chain, or moves to the left."""
-    task = Addition(1)
-    model = small_model(task, width=32, heads=2, positions=64)
-    calls = {True: [], False: []}
+def test_what_follows_a_removed_token_keeps_its_position_or_moves(run, monkeypatch, keep):
+    """In training and in the evaluations."""
+    shifts, original = {"logprob": [], "rollout": []}, {name: getattr(icot, name) for name in ("logprob", "rollout")}
 
-    def note(module, args, kwargs):
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        calls[module.training].append((ids, kwargs["position_ids"]))
+    def logprob(model, prompts, completions, shift):
+        shifts["logprob"].append(shift.unique().tolist() if keep else shift)
+        return original["logprob"](model, prompts, completions, shift)
 
-    handle = model.transformer.register_forward_pre_hook(note, with_kwargs=True)
-    config = Config(out=str(tmp_path), keep_position=keep, smoothing=math.inf, **QUICK, **SMALL)
-    plan, rows = stages(config, 2), task.sample(60, "train", seeded(0))
-    icot.Stages(model, task, config, plan, rows, rows[:10], "", False).run()
-    handle.remove()
-    prompt = len(rows[0].prompt_ids)
-    trained = positions_of_answers(task, calls[True])
-    assert set(trained) == ({prompt + 2} if keep else {prompt + 1, prompt})
-    assert trained[0] == (prompt + 2 if keep else prompt + 1)
-    # The prompt keeps its positions, and the first token after it moves with each of the stages 0, 1 and 2.
-    begins = [i for i, (ids, _) in enumerate(calls[False]) if ids.shape[1] == prompt]
-    assert [int(calls[False][i][1][0, -1]) for i in begins] == [prompt - 1] * 4
-    assert [int(calls[False][i + 1][1][0, -1]) for i in begins] == [prompt + n for n in ((0, 1, 2, 2) if keep else (0,) * 4)]
-    assert [int(calls[False][i + 2][1][0, -1]) for i in begins] == [prompt + n for n in ((1, 2, 3, 3) if keep else (1,) * 4)]
+    def rollout(*arguments, shift, **options):
+        shifts["rollout"].append(shift)
+        return original["rollout"](*arguments, shift=shift, **options)
+
+    monkeypatch.setattr(icot, "logprob", logprob)
+    monkeypatch.setattr(icot, "rollout", rollout)
+    run(keep_position=keep, smoothing=math.inf)
+    assert shifts["logprob"] == ([[1]] * 3 + [[2]] * 4 if keep else [0] * 7)
+    assert shifts["rollout"] == ([0, 1, 2, 2, 0, 2] if keep else [0] * 6)  # the last two are on test problems
 
 
 def test_cached_answers_at_kept_positions_are_those_of_whole_forwards():
@@ -182,17 +165,6 @@ def test_the_best_model_has_no_chain(run, monkeypatch):
     assert same(model, seen[3])
 
 
-def test_the_digits_of_greedy_answers():
-    """One is right, one has a wrong second digit, and one is cut off before its end and counts as no answer."""
-    task = Multiplication(2)
-    rows = task.sample(3, "test", seeded(0))
-    ids = [task.completion_ids(row) for row in rows]
-    place = len(rows[1].cot_ids) + len(task.separator_ids) + 1
-    ids[1][place] = next(x for x in rows[1].answer_ids + rows[0].answer_ids if x != ids[1][place])
-    found = icot.digits(task, rows, [Completion(x, []) for x in (ids[0], ids[1], ids[2][:-1])])
-    assert found == pytest.approx([2 / 3, 1 / 3, 2 / 3, 2 / 3])
-
-
 def test_the_training_loss_is_averaged_within_stages(tmp_path, monkeypatch):
     lines = [{"step": n, "removed": int(n > 100), "loss": n, "first_token_loss": 2 * n} for n in range(1, 451)]
     found = icot.losses(lines)
@@ -201,13 +173,12 @@ def test_the_training_loss_is_averaged_within_stages(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(icot, "panels", lambda path, title, several: drawn.extend(several))
     stages = [{"removed": n, "accuracy": n / 9, "problems_per_second": 10.0 * n} for n in (0, 1)]
-    ends = {"accuracy": 0.5, "problems_per_second": 30.0, "digits": [0.6, 0.9]}
+    ends = {"accuracy": 0.5, "problems_per_second": 30.0}
     icot.plot(tmp_path / "x.png", {"stages": stages, "training": found, "internalized": ends}, "")
-    removed, speed, loss, digits = drawn
+    removed, speed, loss = drawn
     assert list(removed.curves.values()) == [[[(0, 0.0), (1, 1 / 9)]]]
     assert list(speed.curves.values()) == [[[(0.0, 0.0), (10.0, 1 / 9)]], [[(30.0, 0.5)]]]
     assert loss.marks == [100] and loss.curves["loss"][0][0] == (3, 2)
-    assert digits.curves == {"internalized": [[(1, 0.6), (2, 0.9)]]}
 
 
 @pytest.mark.parametrize("step, reset", [(2, True), (4, False)])

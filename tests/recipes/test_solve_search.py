@@ -1,13 +1,10 @@
 """Search over the steps of solutions, led by values that are known here."""
 
-from functools import partial
-
 import pytest
 
 from quietstar_recipes.common.sampling import Completion, Sampling
 from quietstar_recipes.solve import search as recipe
 from quietstar_recipes.solve.search import search
-from quietstar_recipes.solve.values import values
 from quietstar_recipes.tasks import Multiplication
 from tests.recipes.conftest import seeded
 
@@ -124,14 +121,3 @@ def test_real_steps_are_those_of_the_task(solver):
     again = search(model, task, rows, value, 4, 2, Sampling(max_new=10))
     assert found == again
     assert any(x.right for each in found for x in each.samples)
-
-
-def test_a_search_with_trees_makes_the_same_choices(both, solver):
-    model, task = solver
-    rows = task.sample(3, "test", seeded(1))
-    found = both(lambda: search(model, task, rows, partial(values, model, task), 8, 2, Sampling(max_new=10), lookahead=1))
-    for plain, shared in zip(*found, strict=True):
-        assert plain.tokens == shared.tokens
-        for x, y in zip(plain.samples, shared.samples, strict=True):
-            assert (x.answer, x.tokens) == (y.answer, y.tokens)
-            assert (x.score, x.logprob) == pytest.approx((y.score, y.logprob), abs=1e-4)

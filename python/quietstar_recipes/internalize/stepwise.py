@@ -107,7 +107,7 @@ def evaluate(model: PreTrainedModel, task: Task, rows: Sequence[Row], removed: i
 
 
 def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seconds: float) -> dict[str, Any]:
-    """Accuracy, also of each digit, and speed of these answers.
+    """Accuracy and speed of these answers.
 
     Without chain_right: a chain of which only the end is written can't be checked.
     """
@@ -115,19 +115,7 @@ def figures(task: Task, rows: Sequence[Row], written: Sequence[Completion], seco
     del graded["chain_right"]
     tokens = sum(len(one.ids) for one in written)
     speeds = {"problems_per_second": len(rows) / seconds, "tokens_per_second": tokens / seconds}
-    return {**graded, "digits": digits(task, rows, written), "tokens": tokens / len(rows), **speeds}
-
-
-def digits(task: Task, rows: Sequence[Row], written: Sequence[Completion]) -> list[float]:
-    """The accuracy of each digit, in the order in which they are written, over the problems whose answer has it."""
-    right: list[list[bool]] = []
-    for row, one in zip(rows, written, strict=True):
-        answer = task.answer(row, one.ids) or ""
-        for i, digit in enumerate(row.problem.right):
-            if i == len(right):
-                right.append([])
-            right[i].append(answer[i : i + 1] == digit)
-    return [fmean(found) for found in right]
+    return {**graded, "tokens": tokens / len(rows), **speeds}
 
 
 @alone_in_out(Config)
@@ -320,11 +308,9 @@ def plot(path: Path, report: Mapping[str, Any], title: str) -> None:
     speed |= {f"{name}, test": [[(x["problems_per_second"], x["accuracy"])]] for name, x in last.items()}
     removals = [a["step"] for a, b in zip(training, training[1:], strict=False) if a["removed"] != b["removed"]]
     curves = {name.replace("_", " "): [[(x["step"], x[name]) for x in training]] for name in ("first_token_loss", "loss")}
-    digits = {name: [list(enumerate(x["digits"], 1))] for name, x in last.items()}
     drawn = [
         Panel("tokens removed", "accuracy", {"held-out problems": [[(x["removed"], x["accuracy"]) for x in stages]]}),
         Panel("problems per second", "accuracy", speed),
         Panel("update; lines where a token is removed", "training loss, nats", curves, marks=removals),
-        Panel("digit of the answer, in the order written", "accuracy on test problems", digits),
     ]
     panels(path, title, drawn)

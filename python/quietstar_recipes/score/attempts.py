@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +20,6 @@ from quietstar_recipes.common.selectors import Sample, majority, powers_of_two
 from quietstar_recipes.common.solutions import revision_prompt, to_samples
 from quietstar_recipes.tasks import Row, Task
 
-BINS = 20  # of the histogram of changes, which are from 0 to 1
 POINTS = 30  # of a curve over the updates, roughly
 
 
@@ -68,22 +66,16 @@ class Attempts:
         """Number of tokens of all first and of all second attempts, [2]."""
         return torch.tensor([sum(map(len, attempts)) for attempts in (self.first, self.second)])
 
-    def changes(self) -> list[float]:
-        """The share of the tokens of both attempts that are in only one of them: 0 for a copy, 1 if they share none."""
-        pairs = zip(self.first, self.second, strict=True)
-        return [1 - SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
-
     def figures(self) -> dict[str, float]:
         """Figures of both attempts, over all problems.
 
         accuracy_first, accuracy_second, and delta, their difference with its 95 % interval (low, high). Shares of the problems:
         fixed (wrong, then right), broken (right, then wrong), revised (another answer, also from wrong to wrong) and edited
-        (not a copy; the answer may be the same). change: the mean of ``changes``.
+        (not a copy; the answer may be the same).
         """
         first, second = (x.bool().tolist() for x in self.rewards)
         compared = paired(second, first)
         n = len(first)
-        changes = self.changes()
         return {
             "problems": n,
             "accuracy_first": sum(first) / n,
@@ -94,16 +86,8 @@ class Attempts:
             "fixed": compared["first"] / n,
             "broken": compared["second"] / n,
             "revised": int(self.revised.sum()) / n,
-            "edited": sum(change > 0 for change in changes) / n,
-            "change": sum(changes) / n,
+            "edited": sum(x != y for x, y in zip(self.first, self.second, strict=True)) / n,
         }
-
-    def histogram(self) -> list[int]:
-        """Number of problems by how much the second attempt changes the first, in ``BINS`` bins with their lower edges."""
-        counts = [0] * BINS
-        for change in self.changes():
-            counts[min(int(change * BINS), BINS - 1)] += 1
-        return counts
 
 
 def asked_again(task: Task, rows: Sequence[Row], attempts: Sequence[list[int]]) -> list[list[int]]:
@@ -232,17 +216,11 @@ def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any
             if figures["votes"]:
                 bought[f"{end}, {name}"] = [[(x[spent], x[name]) for x in figures["votes"]]]
     in_a_row = {end: [list(enumerate(figures["accuracy_by_attempt"], 1))] for end, figures in report.items()}
-    edges = [(i + 0.5) / BINS for i in range(BINS)]
-    histogram = {
-        end: [[(x, count / figures["problems"]) for x, count in zip(edges, figures["changes"], strict=True)]]
-        for end, figures in report.items()
-    }
     ends = [b["step"] - 1 for a, b in zip(lines, lines[1:], strict=False) if a["stage"] != b["stage"]]
     plots = [
         Panel("update", "reward of an attempt", over("accuracy_first", "accuracy_second"), marks=ends),
         Panel("update", "divergence from the base, nats per token", over("divergence_first", "divergence_second"), marks=ends),
         Panel("attempt", "accuracy on test problems", in_a_row),
-        Panel("share of tokens that the second attempt changes", "share of test problems", histogram),
         Panel("tokens generated per problem", "accuracy of the majority vote", bought),
     ]
     panels(path, title, [panel for panel in plots if panel.curves])

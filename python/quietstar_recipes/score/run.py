@@ -208,8 +208,8 @@ def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Se
     """Greedy attempts at test problems, compared with each other and with votes.
 
     Returns:
-        What ``Attempts.figures`` returns; accuracy_by_attempt; changes, which is ``Attempts.histogram``; divergence_first and
-        divergence_second, nats per token; and ``votes`` of attempts at ``config.temperature``.
+        What ``Attempts.figures`` returns; accuracy_by_attempt; divergence_first and divergence_second, nats per token; and
+        ``votes`` of attempts at ``config.temperature``.
     """
     greedy = attempt(model, task, test, config.sampling(0.0), config.seed)
     nats = torch.zeros(2)
@@ -221,7 +221,6 @@ def evaluate(model: PreTrainedModel, base: PreTrainedModel, task: Task, test: Se
     return {
         **greedy.figures(),
         "accuracy_by_attempt": accuracy_by_attempt(model, task, greedy, config.attempts, config.sampling(0.0), config.seed),
-        "changes": greedy.histogram(),
         "divergence_first": first,
         "divergence_second": second,
         "votes": votes(model, task, test, config.chains, config.sampling(config.temperature), config.seed),
