@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a thought at every position, fewer steps and lines, some controls"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/digit_sums"), help="folder for results, plots and page.html")
+    parser.add_argument("--out", type=Path, default=Path("runs/digit_sums"), help="folder for results and plots")
     parser.add_argument("--resume", action="store_true", help="keep the seeds already in the results.json of --out")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1: more only speed up pretraining")
     parser.add_argument("--docs", type=Path, help="also write the table in results.md, plots and numbers of this folder")

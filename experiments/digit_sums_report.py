@@ -1,9 +1,7 @@
-"""What examples/digit_sums.py measured: results file, terminal, page.html, plots, and its table in docs/results.md."""
+"""What examples/digit_sums.py measured: results file, terminal, plots, and its table in docs/results.md."""
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import platform
 import sys
@@ -22,6 +20,8 @@ from quietstar_recipes.common.plots import Panel, panels
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from experiments_report import markdown  # noqa: E402, from this folder
+
 from benchmarks.report.committed import as_json, write_block  # noqa: E402, which is not installed
 
 Results = dict[str, Any]
@@ -29,10 +29,6 @@ Table = tuple[list[str], list[list[str]]]  # header and rows
 SHUFFLED = "Quiet-STaR with another line's thoughts"
 POSITIONS = ["d", "d", "d", "d", "d", "=", "a"]  # of a line that think
 CHANCE = 0.1
-STYLE = (
-    "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-    "table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
-)
 
 # The results file, from which all else is made.
 
@@ -183,14 +179,7 @@ def as_text(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def as_html(header: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-# The terminal and the pages.
+# The terminal and the docs.
 
 
 def print_gate(seed: int, gate: dict[str, Any]) -> None:
@@ -211,23 +200,12 @@ def print_row(seed: int, row: dict[str, Any]) -> None:
 
 
 def show(results: Results, folder: Path) -> None:
-    """Print the tables; write results.json, plots and page.html into ``folder``."""
+    """Print the tables; write results.json and plots into ``folder``."""
     write_json(results, folder / "results.json")
     plots = draw(results, folder)
-    tables = dict(sections(results))
-    for title, table in tables.items():
+    for title, table in sections(results):
         print(f"\n{title}\n{as_text(*table)}")
-    images = "".join(
-        f'<p><img src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"></p>' for plot in plots
-    )
-    parts = "".join(f"<h2>{html.escape(title)}</h2>{as_html(*table)}" for title, table in tables.items())
-    write_whole(
-        folder / "page.html",
-        f"<!doctype html><meta charset=utf-8><title>Digit sums</title><style>{STYLE}</style><h1>Digit sums: does thinking help?"
-        f"</h1><p>{html.escape(verdict(results))}</p><p>{html.escape(machine(results))}</p>{images}{parts}\n",
-    )
-    files = ["results.json", "page.html", *(plot.name for plot in plots)]
-    print(f"\n{verdict(results)}\n{folder}: {', '.join(files)}")
+    print(f"\n{verdict(results)}\n{machine(results)}\n{folder}: {', '.join(['results.json', *(plot.name for plot in plots)])}")
 
 
 def sections(results: Results) -> Iterator[tuple[str, Table]]:
@@ -270,9 +248,7 @@ def write_docs(results: Results, folder: Path) -> None:
 
 
 def block(results: Results) -> str:
-    header, rows = main_table(results)
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-    return f"{table}\n\nAll numbers are from [digit_sums.json](digit_sums.json): {machine(results)}"
+    return f"{markdown(*main_table(results))}\n\nAll numbers are from [digit_sums.json](digit_sums.json): {machine(results)}"
 
 
 # Plots.
