@@ -12,7 +12,6 @@ from quietstar_recipes.solve.budgets import (
     Spent,
     affordable,
     alone,
-    by_difficulty,
     compute_optimal,
     curve,
     from_all,
@@ -145,14 +144,3 @@ def test_test_problems_choose_nothing():
     samples = [[dataclasses.replace(x, right=not x.right) for x in some] for some in test]
     curves = [compute_optimal(valid, x, tried, tested)[0] for x in (test, samples)]
     assert curves[0][PREDICTED] == curves[1][PREDICTED] and curves[0][MEASURED] != curves[1][MEASURED]
-
-
-def test_by_difficulty_has_every_budget_of_every_method():
-    valid, _ = drawn(VALID)
-    test, tested = drawn([(True, True)] * 3 + [(False, False)])
-    rows = by_difficulty(valid, test, tested)
-    assert [(row["problems"], row["accuracy"]) for row in rows] == [
-        (3, {"chains": [0.0, 1.0], "search": [0.0, 0.0]}),
-        (1, {"chains": [0.0, 0.0], "search": [0.0, 1.0]}),
-    ]
-    assert rows[0]["difficulty"] < rows[1]["difficulty"]

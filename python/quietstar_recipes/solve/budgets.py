@@ -183,16 +183,3 @@ def choose(spent: Mapping[str, Sequence[Spent]], problem_bins: Sequence[int]) ->
 def mean_of(spent: Sequence[Spent], problem_bins: Sequence[int], x: int) -> float:
     """The accuracy in bin ``x``."""
     return fmean(one.right for one, problem_bin in zip(spent, problem_bins, strict=True) if problem_bin == x)
-
-
-def by_difficulty(valid: Samples, test: Samples, tested: Mapping[str, Table]) -> list[dict[str, Any]]:
-    """A row per bin of measured difficulty, the easiest first: difficulty, problems, and accuracy, by name for each budget."""
-    _, bins = binned(valid, test, measured)
-    return [
-        {
-            "difficulty": x + 1,
-            "problems": bins.count(x),
-            "accuracy": {name: [mean_of(spent, bins, x) for spent in table] for name, table in tested.items()},
-        }
-        for x in sorted(set(bins))
-    ]

@@ -33,7 +33,6 @@ from quietstar_recipes.solve.budgets import (
     Spent,
     Table,
     alone,
-    by_difficulty,
     compute_optimal,
     curve,
     from_all,
@@ -111,7 +110,7 @@ def solve(
     Returns:
         task, problems, greedy (accuracy, low, high, tokens) and curves: for each method its points, with budget, accuracy, low,
         high, and tokens, the mean number used. With a larger model also larger: greedy, and times (as many weights). With
-        validation problems also chosen, the rows of ``compute_optimal`` for each kind of method, and by_difficulty.
+        validation problems also chosen, the rows of ``compute_optimal`` for each kind of method.
 
     Raises:
         ValueError: no solution has an answer that can be read, or there are too few validation problems.
@@ -139,7 +138,7 @@ def solve(
     if larger:
         report["larger"], tables[LARGER] = with_larger(model, *larger, config, budgets)
     if valid_rows:
-        report["by_difficulty"], report["chosen"], chosen = methods.choose(valid_rows, rows, kinds, config, budgets)
+        report["chosen"], chosen = methods.choose(valid_rows, rows, kinds, config, budgets)
         tables |= chosen
     report["curves"] = {name: curve(table, budgets) for name, table in tables.items()}
     write_json(out / "test_time.json", report)
@@ -304,8 +303,8 @@ class Methods:
 
     def choose(
         self, valid_rows: Sequence[Row], rows: Sequence[Row], kinds: Tables, config: Config, budgets: Sequence[float]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Table]]:
-        """All methods by difficulty; and for searches and for splits into chains, what ``compute_optimal`` returns."""
+    ) -> tuple[list[dict[str, Any]], dict[str, Table]]:
+        """For searches and for splits into chains, what ``compute_optimal`` returns."""
         elsewhere = replace(config, seed=mix_seed(config.seed, -3))
         tried, _ = self.spend(valid_rows, write(self.model, self.task, valid_rows, elsewhere), elsewhere, budgets)
         # Other samples than those that are spent, which would already know how they end.
@@ -318,25 +317,15 @@ class Methods:
                 tables, of_kind = compute_optimal(valid, test, tried[kind], kinds[kind])
                 found |= {f"{name}, {kind}": table for name, table in tables.items()}
                 chosen += [{"kind": kind, **row} for row in of_kind]
-        everything = {name: table for of_kind in kinds.values() for name, table in of_kind.items()}
-        return by_difficulty(valid, test, everything | found), chosen, found
+        return chosen, found
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Plot accuracy over tokens, of parallel solutions and search and of chains, and over difficulty at the largest budget."""
+    """Plot accuracy over tokens, of parallel solutions and search, and of chains."""
     greedy = {"greedy": [[(report["greedy"]["tokens"], report["greedy"]["accuracy"])]]}
     curves = {name: [[(x["tokens"], x["accuracy"]) for x in points]] for name, points in report["curves"].items()}
     chains = {name: seeds for name, seeds in curves.items() if "sequential" in name or "chains" in name or "splits" in name}
     others = {name: seeds for name, seeds in curves.items() if name not in chains}
-    panels = [
-        plots.Panel("tokens generated per problem", "accuracy", shown | greedy, log=True) for shown in (others, chains) if shown
-    ]
-    if rows := report.get("by_difficulty"):
-        bins = {name: [[(row["difficulty"], row["accuracy"][name][-1]) for row in rows]] for name in rows[0]["accuracy"]}
-        label = "difficulty, by the share of right samples"
-        panels += [
-            plots.Panel(label, "accuracy at the largest budget", {name: bins[name] for name in shown if name in bins})
-            for shown in (others, chains)
-            if shown
-        ]
+    label = "tokens generated per problem"
+    panels = [plots.Panel(label, "accuracy", shown | greedy, log=True) for shown in (others, chains) if shown]
     plots.panels(path, f"{report['task']}, {report['problems']} test problems", panels)
