@@ -105,17 +105,16 @@ def figures(folder):
     return found, json.loads((folder / "results.json").read_text())
 
 
-def command(e):
+def options(e):
     """The options that make this experiment of the default one."""
-    values = {name.replace("_", "-"): value for name, value in asdict(e).items()}
-    del values["checkpointing"]
-    options = [f"--{name}={value}" for name, value in values.items() if name != "arms"]
-    return [sys.executable, str(FOLDER / "natural_text.py"), *options, "--no-checkpointing", "--arms", *e.arms]
+    values = {name.replace("_", "-"): value for name, value in asdict(e).items() if name not in ("checkpointing", "arms")}
+    return [*(f"--{name}={value}" for name, value in values.items()), "--no-checkpointing", "--arms", *e.arms]
 
 
 def kill_once_there(path, e):
     """Start the experiment and end it with SIGKILL as soon as ``path`` is there."""
-    process = subprocess.Popen(command(e), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(FOLDER / "natural_text.py"), *options(e)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None and time.monotonic() < limit, f"{path} was not written"
@@ -132,15 +131,14 @@ def test_killed_and_resumed_it_measures_the_same(scripts, tiny, tmp_path):
     kill_once_there(killed / "small-0/checkpoints/step-000002/manifest.json", tiny("killed"))  # in the middle of training
     assert not (killed / "results.json").exists()
     before = {path: path.stat().st_mtime_ns for path in killed.glob("base/*.json")}
+    script = scripts("natural_text")
     for e in (tiny("killed"), tiny("whole")):
-        done = subprocess.run(command(e), env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert script.main(options(e)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was done is not done again
     assert figures(killed) == figures(whole)
     assert "What thinking gains: small" in (whole / "report.md").read_text()
-    e = tiny("whole", seeds=2)
-    phases = scripts("natural_text").phases(e)
+    phases = script.phases(tiny("whole", seeds=2))
     left = [phase.result.relative_to(whole).parts[0] for phase in phases if not phase.result.exists()]
     assert set(left) == {"plain-1", "small-1"}  # another seed only adds to what is there
-    other = subprocess.run(command(tiny("whole", steps=9)), env=ENVIRONMENT, capture_output=True, text=True)
-    assert other.returncode and "the run there has steps=8, not 9" in other.stderr
+    with pytest.raises(ValueError, match="the run there has steps=8, not 9"):
+        script.main(options(tiny("whole", steps=9)))
