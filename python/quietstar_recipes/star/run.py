@@ -110,8 +110,8 @@ def star(
     if run.done < 0:
         began = time.perf_counter()
         if config.sft_steps:
-            rows = rows_with_chains(task, config.problems, generator, "star")
-            sft(model, [(row.prompt_ids, task.completion_ids(row)) for row in rows], config.sft_steps, config, config.seed)
+            taught = rows_with_chains(task, config.problems, generator, "star")
+            sft(model, [(row.prompt_ids, task.completion_ids(row)) for row in taught], config.sft_steps, config, config.seed)
         run.save(0, model, task, {"round": 0, **measured(model), "seconds": time.perf_counter() - began})
     # 3. Each round collects chains by the model before it, and trains on them the first model, or the latest one.
     current = load_model(run.folder(run.done), model)
