@@ -31,14 +31,6 @@ class TrainedOn:
     held_out: int  # how many examples were held out
     inputs: dict[str, str] = field(default_factory=dict)  # hashes of what else a resumed run reads again, by what to call it
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "data", with_default_field(self.data))
-
-
-def with_default_field(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with ``text_field`` empty, which means any field of text, where it is what earlier versions wrote for that."""
-    return options | {"text_field": ""} if options.get("text_field") == "text" else options
-
 
 @dataclass
 class Contents:

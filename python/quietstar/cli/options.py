@@ -16,7 +16,6 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructFieldSpec
 
 from quietstar.checkpoints import native
-from quietstar.checkpoints.contents import with_default_field
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import check_ignored
 from quietstar.config import PRESETS, TRAIN_PRESETS, filled_by
@@ -52,7 +51,7 @@ def parse(commands: Mapping[str, type], arguments: list[str]) -> Any:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Options by name from a JSON or YAML file."""
     try:
-        return with_default_field(read_yaml(path, dict[str, bool | int | float | str | None]))
+        return read_yaml(path, dict[str, bool | int | float | str | None])
     except ValueError as error:
         raise UsageError(f"{error}; a config file must map options to values") from error
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SAME = 0.05  # nats: an effect nearer to 0 than this counts as neither help nor harm
 
@@ -109,7 +109,7 @@ def raw_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return f"⟨id {token}⟩"
     if entry.startswith("<0x") and entry.endswith(">"):
         return f"⟨{entry[3:-1]}⟩"
-    letters = _byte_letters()
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     if all(letter in letters for letter in entry):
         return f"⟨{' '.join(f'{letters[letter]:02X}' for letter in entry)}⟩"
     return f"⟨{entry}⟩"
@@ -117,11 +117,3 @@ def raw_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-@cache
-def _byte_letters() -> dict[str, int]:
-    """The letters in which byte-level vocabularies write bytes: printable Latin-1 as itself, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

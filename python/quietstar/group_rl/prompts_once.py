@@ -56,11 +56,10 @@ class _TreePass(PackedPass):
 
     def __init__(self, layout: ThoughtLayout, store: ThoughtStore, rows: Tensor):
         super().__init__(layout)
-        self.store, self.rows, self.calls = store, rows, 0
+        self.store, self.rows = store, rows
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.store.take_text(self.calls, k[:, :, self.rows], v[:, :, self.rows])
-        self.calls += 1
         return super().attend(q, k, v, **options)
 
 

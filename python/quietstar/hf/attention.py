@@ -92,7 +92,7 @@ def _thought_forward(
             raise error
         check_rotary(module, thought_layout)
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
-    if not hasattr(thought_pass, "attend"):
+    if not isinstance(thought_pass, ThoughtPass):
         raise refusal("thought_layout", "a ThoughtLayout", thought_layout)
     check_row_count(module, max(query.shape[2], thought_pass.positions))
     window = sliding_window

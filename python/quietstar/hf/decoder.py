@@ -6,8 +6,9 @@ index, because a model may call attention more than once in a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,68 +18,64 @@ from quietstar.hf.modules import backbone
 from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
 
 
-class ThoughtPass(Protocol):
-    """Computes the attention calls of one forward."""
+class ThoughtPass:
+    """Computes the attention calls of one forward.
 
-    @property
-    def positions(self) -> int:
-        """A bound on position ids: all are smaller."""
-        ...
+    Attributes:
+        positions: a bound on position ids: all are smaller.
+        stored: what an earlier forward left for each call; None for passes that need nothing.
+        calls: how many there were.
+    """
+
+    def __init__(self, positions: int, stored: Sized | None = None):
+        self.positions, self.stored, self.calls = positions, stored, 0
 
     @property
     def arrived(self) -> bool:
         """After the forward: whether it made every attention call through this object."""
-        ...
+        return self.calls > 0 and (self.stored is None or self.calls == len(self.stored))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``."""
-        ...
+        raise NotImplementedError
 
 
-class PackedPass:
+class PackedPass(ThoughtPass):
     """The differentiable pass: text and all thought rows at once."""
 
     def __init__(self, layout: ThoughtLayout):
+        super().__init__(layout.L + layout.S)
         self.layout = layout
-        self.positions = layout.L + layout.S
-        self.arrived = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.arrived = True
+        self.calls += 1
         return thought_attention(q, k, v, self.layout, **options)
 
 
-class LeafPass:
+class LeafPass(ThoughtPass):
     """Only the text, differentiable. ``keys_values`` holds the keys and values of each attention call after the forward."""
 
     def __init__(self, layout: ThoughtLayout):
+        super().__init__(layout.L)
         self.layout = layout.text_only()
-        self.positions = self.layout.L
-        self.arrived = False
         self.done = False
         self.with_gradients = True
         self.keys_values: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.arrived = True
+        self.calls += 1
         if not self.done:  # checkpointed layers call again in the backward
             self.keys_values.append((k, v))
             self.with_gradients &= torch.is_grad_enabled()
         return thought_attention(q, k, v, self.layout, **options)
 
 
-class ChunkPass:
+class ChunkPass(ThoughtPass):
     """All thought rows of some anchors, differentiable, over the keys and values of an earlier ``LeafPass``."""
 
     def __init__(self, layout: ThoughtLayout, keys_values: list[tuple[Tensor, Tensor]]):
-        self.layout = layout
-        self.positions = layout.L + layout.S
-        self.keys_values = keys_values
-        self.calls = 0
-
-    @property
-    def arrived(self) -> bool:
-        return self.calls == len(self.keys_values) > 0
+        super().__init__(layout.L + layout.S, keys_values)
+        self.layout, self.keys_values = layout, keys_values
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         k_text, v_text = self.keys_values[self.calls]
@@ -111,12 +108,6 @@ class ThoughtStore:
         self.text_layout = layout.text_only()
         self.entries: list[_Entry] = []
         self._set(layout if capacity is None else replace(layout, lo=_extended(layout.lo, capacity)))
-
-    def prefill(self) -> TextPass:
-        return TextPass(self)
-
-    def decode(self, step: int) -> StepPass:
-        return StepPass(self, step)
 
     def restart(self, layout: ThoughtLayout) -> None:
         """Start another text in the same memory."""
@@ -177,38 +168,26 @@ def _padded(x: Tensor, capacity: int) -> Tensor:
     return wide
 
 
-class TextPass:
+class TextPass(ThoughtPass):
     """Only the text; its keys and values go to the store."""
 
     def __init__(self, store: ThoughtStore):
+        super().__init__(store.text_layout.L)
         self.store = store
-        self.layout = store.text_layout
-        self.positions = self.layout.L
-        self.calls = 0
-
-    @property
-    def arrived(self) -> bool:
-        return self.calls > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.store.take_text(self.calls, k, v)
         self.calls += 1
-        return thought_attention(q, k, v, self.layout, **options)
+        return thought_attention(q, k, v, self.store.text_layout, **options)
 
 
-class StepPass:
+class StepPass(ThoughtPass):
     """Row ``step`` of all thoughts: writes its keys and values, then reads those of the text and of its thought."""
 
     def __init__(self, store: ThoughtStore, step: int):
-        self.store = store
-        self.positions = store.layout.L + store.layout.S
-        self.step = step
+        super().__init__(store.layout.L + store.layout.S, store.entries)
+        self.store, self.step = store, step
         self.now = torch.full((), step, dtype=torch.int32, device=store.layout.device)  # once, for all calls
-        self.calls = 0
-
-    @property
-    def arrived(self) -> bool:
-        return self.calls == len(self.store.entries) > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         entry = self.store.entries[self.calls]
@@ -218,12 +197,11 @@ class StepPass:
         return thought_decode(q, entry.k_text, entry.v_text, entry.k_own, entry.v_own, self.store.layout, self.now, **options)
 
 
-class _OwnRow:
+class _OwnRow(ThoughtPass):
     """Rows that see only themselves."""
 
-    positions, arrived = 1, True
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
@@ -232,7 +210,7 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     rows = embeds.shape[1]
     if not rows:  # most layers can't run without any, and other processes wait for a sharded model's forward
         embeds, position_ids = (torch.cat([x, x.new_zeros((len(x), 1, *x.shape[2:]))], 1) for x in (embeds, position_ids))
-        thought_pass = _OwnRow()
+        thought_pass = _OwnRow(1)
     ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
@@ -247,4 +225,4 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
     """Row ``step`` of every thought in the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
-    return decode_rows(model, embeds, store.positions[:, :, step], store.decode(step))
+    return decode_rows(model, embeds, store.positions[:, :, step], StepPass(store, step))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
+from quietstar.hf.decoder import PackedPass, TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import backbone, dropout_off, embeddings, not_finite
 from quietstar_kernels import ThoughtLayout
@@ -121,10 +121,9 @@ def _stepwise(model: PreTrainedModel, text_ids: Tensor, thought_ids: Tensor, lay
     """[1,R,D]"""
     embed = embeddings(model)
     store = ThoughtStore(layout)
-    decode_rows(model, embed(text_ids), layout.text_position_ids(), store.prefill())
-    positions = layout.position_ids()[:, layout.L :].view(1, -1, _ROWS)
+    decode_rows(model, embed(text_ids), layout.text_position_ids(), TextPass(store))
     rows = thought_ids.flatten(1, 2)
-    steps = [decode_rows(model, embed(rows[:, :, s]), positions[:, :, s], store.decode(s)) for s in range(_ROWS)]
+    steps = [decode_step(model, embed(rows[:, :, s]), store, s) for s in range(_ROWS)]
     return torch.stack(steps, 2).flatten(1, 2)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from quietstar.config import ThoughtConfig
 from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.decoder import decode_rows
+from quietstar.hf.decoder import ThoughtPass, decode_rows
 from quietstar.hf.modules import embeddings
 from quietstar_kernels.linear_logprob import GPU_PART, default_keep_bytes
 
@@ -229,15 +229,13 @@ class _KeepNothing(torch.autograd.Function):
         return out
 
 
-class _SizesOnly:
-    """A thought pass that counts the bytes of a row's keys and values over all attention calls."""
+class _SizesOnly(ThoughtPass):
+    """Counts the bytes of a row's keys and values over all attention calls."""
 
-    arrived = False
     keys_values = 0
-    positions = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.arrived = True
+        self.calls += 1
         self.keys_values += sum(x[0, :, 0].numel() * x.element_size() for x in (k, v))
         return _KeepNothing.apply(q, k, v)
 
@@ -253,7 +251,7 @@ def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, i
             kept[storage._cdata] = storage  # a reference, so that its address is not reused
         return x
 
-    sizes = _SizesOnly()
+    sizes = _SizesOnly(0)
     ids = torch.zeros(batch_size, rows, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         decode_rows(model.train(), embeddings(model)(ids), ids, sizes)

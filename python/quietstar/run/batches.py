@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from quietstar.texts import COLUMNS
 from quietstar_kernels.checks import refusal, tensor
@@ -104,12 +105,7 @@ def collate(examples: list[Example], sequence_ids: list[int], parts: int, argume
     padded: Batch = {}
     examples = [{"attention_mask": torch.ones_like(x["input_ids"]), **x} for x in examples]
     for name in examples[0]:
-        longest = max(len(x[name]) for x in examples)
-        rows = [
-            torch.cat([x[name], x[name].new_full((longest - len(x[name]), *x[name].shape[1:]), COLUMNS[name].padding)])
-            for x in examples
-        ]
-        padded[name] = torch.stack(rows)
+        padded[name] = pad_sequence([x[name] for x in examples], batch_first=True, padding_value=COLUMNS[name].padding)
     padded["sequence_ids"] = make_sequence_ids(torch.tensor(sequence_ids), padded.get("document_ids"))
     cuts = [len(examples) * i // parts for i in range(parts + 1)]
     return [{name: x[a:b] for name, x in padded.items()} for a, b in zip(cuts, cuts[1:], strict=False) if b > a]

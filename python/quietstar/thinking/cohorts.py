@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.decoder import LeafPass, decode_rows
+from quietstar.hf.decoder import LeafPass, ThoughtPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
 from quietstar.texts import Texts
@@ -90,15 +90,12 @@ class Cohort:
         self._lay_out()
 
 
-class CohortsPass:
+class CohortsPass(ThoughtPass):
     """The next row of all cohorts, side by side."""
 
     def __init__(self, text: list[tuple[Tensor, Tensor]], cohorts: list[Cohort], positions: int):
-        self.text, self.cohorts, self.positions, self.calls = text, cohorts, positions, 0
-
-    @property
-    def arrived(self) -> bool:
-        return self.calls == len(self.text) > 0
+        super().__init__(positions, text)
+        self.text, self.cohorts = text, cohorts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         widths = [cohort.place.shape[1] for cohort in self.cohorts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,9 @@ class Thinker:
         embeds = torch.cat([embeddings(self.model)(input_ids), rows], 1)
         return decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
 
-    def rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None) -> ThoughtRows:
+    def rows(
+        self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None
+    ) -> GridRows | TextRows:
         """The thought rows, in the layout's own order."""
         if self.marks is None:
             return GridRows(self, layout, self.thought_rows(layout, input_ids, thought_ids), thought_ids, lengths)
@@ -277,40 +279,22 @@ def _only(layout: ThoughtLayout, texts: slice) -> ThoughtLayout:
     return replace(layout, anchor=layout.anchor[texts], lo=layout.lo[texts], length=layout.length[texts])
 
 
-class ThoughtRows(Protocol):
-    """The rows of thoughts of a packed forward, and where their states go."""
-
-    @property
-    def layout(self) -> ThoughtLayout: ...
-
-    @property
-    def embeds(self) -> Tensor:
-        """[B,R,D]."""
-        ...
-
-    def ahead(self, hidden: Tensor) -> Tensor:
-        """States [B,P,N,J,D] that predict the text after the anchor, from those of the rows."""
-        ...
-
-    def logprob(self, hidden: Tensor) -> Tensor:
-        """[B,P,N,T], of the sampled tokens at the policy temperature."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class GridRows:
-    """Between vectors: S rows for each thought."""
+    """The rows of thoughts between vectors, S for each, and where the states of a packed forward go."""
 
     thinker: Thinker
     layout: ThoughtLayout
-    embeds: Tensor
+    embeds: Tensor  # [B,R,D]
     thought_ids: Tensor
     lengths: Tensor | None
 
     def ahead(self, hidden: Tensor) -> Tensor:
+        """States [B,P,N,J,D] that predict the text after the anchor, from those of the rows."""
         return self.thinker.end_states(self._grid(hidden), self.lengths)
 
     def logprob(self, hidden: Tensor) -> Tensor:
+        """[B,P,N,T], of the sampled tokens at the policy temperature."""
         return self.thinker.thought_logprob(self._grid(hidden), self.thought_ids, self.lengths)
 
     def _grid(self, hidden: Tensor) -> Tensor:
@@ -319,7 +303,7 @@ class GridRows:
 
 @dataclass(frozen=True, eq=False)
 class TextRows:
-    """Between strings: as many rows as a thought has."""
+    """The same between strings: as many rows as a thought has."""
 
     thinker: Thinker
     layout: ThoughtLayout

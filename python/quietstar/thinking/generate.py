@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar.checks import check_seed, check_think
 from quietstar.hf.architectures import most_rows
-from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
+from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
 from quietstar.hf.positions import check_room, learned_positions, position_limits
@@ -218,7 +218,7 @@ class ThinkingModel(GenerationMixin):
     def _read_prompt(self, cache: TextCache, input_ids: Tensor) -> Tensor:
         """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
         model, store = self.thinker.model, cache.store
-        return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), store.prefill())[:, -1]
+        return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), TextPass(store))[:, -1]
 
     def _read_token(self, cache: TextCache, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""

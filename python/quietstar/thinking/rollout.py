@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import ThoughtConfig
-from quietstar.hf.decoder import ThoughtStore, decode_rows, decode_step
+from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, not_finite
@@ -143,7 +143,7 @@ def sample_vector_thoughts(
         layout = ThoughtLayout(anchor, lo, length, T)
         runs = layout.chunks(anchor_chunk or max(layout.P, 1))
         store = ThoughtStore(layout.select(runs[0]))
-        decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), store.prefill())
+        decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), TextPass(store))
         parts: list[Thoughts] = []
         for places in runs:
             if parts:
@@ -191,15 +191,9 @@ def continue_thoughts(
     layout, embed, T = store.layout, embeddings(model), sampling.thought_tokens
     B, P, N = layout.B, layout.P, layout.N
     position = layout.text_position_ids().gather(1, layout.anchor.long().clamp(min=0))
-    counters = torch.stack(
-        [
-            sequence_ids.int()[:, :, None].expand(B, P, N),
-            position.int()[:, :, None].expand(B, P, N),
-            torch.arange(N, dtype=torch.int32, device=start.device).expand(B, P, N),
-            torch.zeros((B, P, N), dtype=torch.int32, device=start.device),
-        ],
-        -1,
-    )
+    counters = torch.zeros((B, P, N, 4), dtype=torch.int32, device=start.device)
+    counters[..., 0], counters[..., 1] = sequence_ids[:, :, None], position[:, :, None]
+    counters[..., 2] = torch.arange(N, device=start.device)
     ids = torch.zeros((B, P, N, T), dtype=torch.int64, device=start.device)
     logprob = torch.zeros((B, P, N, T), device=start.device)
     lengths = layout.length.long().clamp(max=T)

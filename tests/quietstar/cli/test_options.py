@@ -2,7 +2,6 @@
 
 import pytest
 
-from quietstar.checkpoints.contents import TrainedOn
 from quietstar.cli.errors import UsageError
 from quietstar.cli.main import COMMANDS
 from quietstar.cli.options import parse
@@ -68,9 +67,3 @@ def test_several_data_are_all_read():
     for typed in (["--data", "a.txt", "--data=b.txt"], ["--data=a.txt,b.txt"]):
         command = parse(COMMANDS, ["train", *typed[:2], "--model=m", *typed[2:]])
         assert (command.data.data, command.model) == ("a.txt,b.txt", "m")
-
-
-def test_text_fields_of_earlier_versions(tmp_path):
-    (tmp_path / "c.json").write_text('{"text_field": "text", "data": "a.jsonl"}')
-    assert parse(COMMANDS, ["train", "--model=m", f"--config={tmp_path / 'c.json'}"]).data.text_field == ""
-    assert TrainedOn("base", {"data": "a.jsonl", "text_field": "text"}, 1, "", 0).data["text_field"] == ""

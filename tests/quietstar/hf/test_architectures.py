@@ -9,7 +9,7 @@ from transformers import AutoConfig
 import quietstar
 from quietstar.hf import decoder
 from quietstar.hf.architectures import REFUSED, check_architecture
-from quietstar.hf.decoder import PackedPass, ThoughtStore, decode_rows
+from quietstar.hf.decoder import PackedPass, TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar_kernels import ThoughtLayout
 from tests.quietstar.common import sequential_logits
 from tests.quietstar.conftest import ARCHITECTURES
@@ -26,13 +26,9 @@ def packed_logits(qs, packed, layout):
 def stepwise_logits(qs, packed, layout):
     """Of the thoughts."""
     embed, store = qs.model.get_input_embeddings(), ThoughtStore(layout)
-    decode_rows(qs.model, embed(packed[:, :TEXT]), layout.text_position_ids(), store.prefill())
-    positions = layout.position_ids()[:, TEXT:].unflatten(1, (-1, ROWS))
+    decode_rows(qs.model, embed(packed[:, :TEXT]), layout.text_position_ids(), TextPass(store))
     rows = packed[:, TEXT:].unflatten(1, (-1, ROWS))
-    steps = [
-        decode_rows(qs.model, embed(rows[:, :, s]), positions[:, :, s], store.decode(s)).unflatten(1, (layout.P, layout.N))
-        for s in range(ROWS)
-    ]
+    steps = [decode_step(qs.model, embed(rows[:, :, s]), store, s).unflatten(1, (layout.P, layout.N)) for s in range(ROWS)]
     return qs.lm_head.logits(torch.stack(steps, 3).flatten(1, 3))
 
 
