@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from quietstar.config import ThoughtConfig
 from quietstar.hf.modules import embeddings
-from quietstar.hf.positions import check_positions
+from quietstar.hf.positions import check_layout, position_limits
 from quietstar.objective import sampled
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import FLOATS, IGNORED, INTEGERS, MASKS, on_host, refuse_outside, refuse_where, shown, tensor
@@ -160,7 +160,7 @@ def check_texts(
     layout = make_layout(given, config)
     # Thoughts that are text may take more rows than those between vectors.
     longest = torch.where(layout.length > 0, layout.length + rows - layout.S, 0)
-    check_positions(model, replace(layout, rows=rows, length=longest))
+    check_layout(type(model).__name__, position_limits(model), replace(layout, rows=rows, length=longest))
     labels = given.get("labels", input_ids).long()
     labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
     if sequence_ids is None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from quietstar.checkpoints.contents import check_finite, find, read_file
 from quietstar.checkpoints.pretrained import load_model
-from quietstar.files.reading import read_json
+from quietstar.files.reading import read_json, reason_of
 from quietstar.hf.adapters import NAME, check, fingerprint, require_peft
 from quietstar.hf.modules import unwrapped
 
@@ -145,5 +145,4 @@ def _read_config(path: str | os.PathLike) -> Any:
 
 
 def _damaged(path: str | os.PathLike, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{path}: {CONFIG} is damaged: {reason}")
+    return ValueError(f"{path}: {CONFIG} is damaged: {reason_of(error)}")

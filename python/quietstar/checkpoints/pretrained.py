@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from quietstar.checkpoints.contents import find, has_safetensors, locate_tensors
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
-from quietstar.files.reading import check_regular, read_json
+from quietstar.files.reading import check_regular, read_json, reason_of
 from quietstar.hf.ends import aligned
 from quietstar.hf.lm_head import note_tie
 from quietstar.hf.modules import unmark_gguf
@@ -70,25 +70,24 @@ def loading(path: str | os.PathLike, what: str, function: Callable[[], T]) -> T:
     except Exception as error:
         if is_gguf(path) and isinstance(error, ImportError):
             raise ValueError(f"{path}: loading it needs a package that is not installed: pip install gguf") from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         kind = "file" if is_gguf(path) else "folder or hub name"
-        raise ValueError(f"{path}: cannot load a {what} from this {kind}: {lines[0]}") from error
+        raise ValueError(f"{path}: cannot load a {what} from this {kind}: {reason_of(error)}") from error
 
 
 def load_config(path: str | os.PathLike) -> Any:
     """The config of a language model; names are those of ``checkpoint_of``. Raises ValueError if it can't be loaded."""
-    path = checkpoint_of(path)
-    _check_files(path)
-    where, file = _source(path)
-    return loading(path, "config", lambda: AutoConfig.from_pretrained(where, trust_remote_code=False, **file))
+    return _load_described("config", AutoConfig, checkpoint_of(path))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
     """A tokenizer. Raises ValueError if it can't be loaded."""
-    path = checkpoint_of(path)
+    return _load_described("tokenizer", AutoTokenizer, checkpoint_of(path))
+
+
+def _load_described(what: str, kind: Any, path: str) -> Any:
     _check_files(path)
     where, file = _source(path)
-    return loading(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file))
+    return loading(path, what, lambda: kind.from_pretrained(where, trust_remote_code=False, **file))
 
 
 def load_model(path: str | os.PathLike, allow_bin: bool = False, **kwargs: Any) -> PreTrainedModel:

@@ -7,7 +7,6 @@ import textwrap
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Annotated, ClassVar
 
@@ -17,6 +16,7 @@ from tyro.conf import arg
 
 from quietstar.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from quietstar.cli.common import this_machine
+from quietstar.cli.entry import version_of
 from quietstar.cli.errors import UsageError
 from quietstar.cli.ignored import Rule
 from quietstar.cli.train import Train
@@ -135,7 +135,7 @@ class Doctor(Train):
 def environment() -> str:
     """Versions, devices, and which back end serves each operation on each device, or why none does."""
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{name} {_version(name)}" for name in PACKAGES]
+    lines += [f"{name} {version_of(name) or 'is not installed'}" for name in PACKAGES]
     lines += [cpu_library(), cuda_library(), cpu_products()]
     threads = torch.get_num_threads()
     devices = {"cpu": f"{threads} thread{'s' * (threads > 1)}"}
@@ -148,10 +148,3 @@ def environment() -> str:
         kept = default_keep_bytes(torch.device(device)) / 2**20
         lines += [f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB"]
     return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * (32 if line[:1] == " " else 2)) for line in lines)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is not installed"

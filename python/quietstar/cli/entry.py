@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from quietstar import NEEDED
 from quietstar.cli.errors import USAGE, stopped
@@ -49,12 +50,15 @@ def _main(words: list[str]) -> int:
 def versions() -> str:
     """The versions of what a result depends on, in one line."""
     import platform  # here, as signals are answered before it is imported
-    from importlib import metadata
 
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {name}")
+    found = [f"{name} {version}" if (version := version_of(name)) else f"no {name}" for name in PACKAGES]
     return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def version_of(package: str) -> str | None:
+    """None if it is not installed."""
+    from importlib import metadata  # likewise
+
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None

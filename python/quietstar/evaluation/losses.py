@@ -20,7 +20,7 @@ from quietstar.model import QuietStar
 from quietstar.run.batches import Batch, Example, batches_of, check_data, mix_seed, text_of
 from quietstar.run.processes import before_batch
 from quietstar.thinking.forward import QuietStarOutput
-from quietstar_kernels.checks import flag, instance, integer
+from quietstar_kernels.checks import flag, instance, integer, items
 
 THOUGHTS = ("thought_ids", "thought_lengths")
 
@@ -99,7 +99,7 @@ def with_constant_thoughts(examples: Sequence[Example]) -> list[Example]:
     Raises:
         ValueError: there are no examples.
     """
-    _check("with_constant_thoughts", examples)
+    items("with_constant_thoughts: examples", examples, 1)
     # A thought and its length, if it has one, in one row.
     found = torch.cat([_rows(example) for example in examples])
     thoughts, counts = found.unique(dim=0, return_counts=True)
@@ -122,7 +122,7 @@ def with_random_thoughts(examples: Sequence[Example], vocabulary: int, seed: int
     Raises:
         ValueError: there are no examples, or the vocabulary is empty.
     """
-    _check("with_random_thoughts", examples)
+    items("with_random_thoughts: examples", examples, 1)
     vocabulary = integer("with_random_thoughts: vocabulary", vocabulary, 1)
     found = []
     for number, example in enumerate(examples):
@@ -136,11 +136,6 @@ def _rows(example: Example) -> Tensor:
     """int64 [P,T] or, with lengths, [P,T+1]."""
     ids = example["thought_ids"][:, 0]
     return torch.cat([ids, example["thought_lengths"].long()], 1) if "thought_lengths" in example else ids
-
-
-def _check(name: str, examples: Sequence[Example]) -> None:
-    if not examples:
-        raise ValueError(f"{name}: examples must be 1 or more, got none")
 
 
 @dataclass(frozen=True)

@@ -164,10 +164,9 @@ def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor)
     def both(x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([x[:, places], y[:, taken]], 2)
 
-    lengths = None
-    if own.thought_lengths is not None and other.thought_lengths is not None:
-        lengths = both(own.thought_lengths, other.thought_lengths)
-    return Thoughts(both(own.thought_ids, other.thought_ids), both(own.logprob, other.logprob), lengths)
+    return Thoughts(
+        both(own.thought_ids, other.thought_ids), both(own.logprob, other.logprob), both(own.lengths, other.lengths)
+    )
 
 
 def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Thoughts) -> dict[str, Tensor]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit, wrong_with_layout
 from quietstar.hf.decoder import PackedPass, ThoughtPass
-from quietstar.hf.positions import check_rotary
+from quietstar.hf.positions import check_layout, rotary_limits
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import refusal
 
@@ -90,7 +91,7 @@ def _thought_forward(
     if isinstance(thought_layout, ThoughtLayout):
         if error := wrong_with_layout(module.config):
             raise error
-        check_rotary(module, thought_layout)
+        check_layout(type(module).__name__, rotary_limits(cast(PretrainedConfig, module.config)), thought_layout)
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
     if not isinstance(thought_pass, ThoughtPass):
         raise refusal("thought_layout", "a ThoughtLayout", thought_layout)
@@ -182,14 +183,9 @@ def _put_layout_on_mask(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         kwargs["attention_mask"].layout = kwargs.get("thought_layout")
 
 
-_dropout_warned = False
-
-
+@cache
 def _warn_dropout() -> None:
-    global _dropout_warned
-    if not _dropout_warned:
-        _dropout_warned = True
-        warnings.warn("attention dropout is ignored in forwards with thoughts", stacklevel=2)
+    warnings.warn("attention dropout is ignored in forwards with thoughts", stacklevel=2)
 
 
 def register_attention(without_layout: str = "raise") -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,17 +11,8 @@ from quietstar_kernels.checks import on_host, refuse_where
 _CHANGE = "positions before {} rotary embeddings change"
 
 
-def check_positions(model: PreTrainedModel, layout: ThoughtLayout) -> None:
-    """Raises ValueError where a text's thoughts pass the model's last position."""
-    _check_layout(type(model).__name__, position_limits(model), layout)
-
-
-def check_rotary(layer: nn.Module, layout: ThoughtLayout) -> None:
-    """Raises ValueError where a text's thoughts change the rotary embeddings of this attention layer."""
-    _check_layout(type(layer).__name__, rotary_limits(cast(PretrainedConfig, layer.config)), layout)
-
-
-def _check_layout(model: str, limits: dict[str, int], layout: ThoughtLayout) -> None:
+def check_layout(model: str, limits: dict[str, int], layout: ThoughtLayout) -> None:
+    """Raises ValueError where a text's thoughts pass one of the limits of ``model``."""
     if not limits or layout.L + layout.S <= (limit := min(limits.values())):
         return
     positions = layout.position_ids()

@@ -37,9 +37,6 @@ class Weights:
         added = self.layers + self.head + self.rest - self.own
         return dtype.itemsize * max(0, self.trained - added) + 4 * added
 
-    def largest_bytes(self, dtype: torch.dtype) -> int:
-        return max(dtype.itemsize * self.largest, 4 * self.largest_added)
-
 
 def count_weights(config: PretrainedConfig, adapters: AdapterConfig | None = None, mixing: bool = True) -> Weights:
     """The weights of a model with its thought parts, and with ``adapters`` unless their rank is 0.
@@ -115,7 +112,8 @@ def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -
     Sharded weights are gathered for one layer while the next is fetched (full_shard), or for all layers (shard_grad_op).
     Gradients are whole for one layer, and for the last group until the end of the backward.
     """
-    W, computed, largest = processes.number, processes.computed.itemsize, weights.largest_bytes(processes.dtype)
+    W, computed = processes.number, processes.computed.itemsize
+    largest = max(processes.dtype.itemsize * weights.largest, 4 * weights.largest_added)
     kept, gradients = weights.bytes(processes.dtype), weights.gradient_bytes(processes.dtype)
     if processes.sharding == "no":
         copies = computed * weights.layers if computed < processes.dtype.itemsize else 0  # autocast casts each weight once

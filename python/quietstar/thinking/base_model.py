@@ -17,7 +17,7 @@ from quietstar.hf import adapters
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
-from quietstar.objective import IGNORED, Targets, at_anchors
+from quietstar.objective import IGNORED, Targets, at_anchors, sampled
 from quietstar_kernels import ThoughtLayout
 
 
@@ -66,26 +66,18 @@ def thought_logprob(
 
     The first token is predicted by the anchor's text row, token s + 1 by the row of token s.
     """
-    parts = [
-        _thought_logprob(model, head, input_ids, thought_ids[:, places], layout.select(places), banned)
-        for places in layout.chunks(anchor_chunk)
-    ]
+    T, parts = thought_ids.shape[-1], []
+    for places in layout.chunks(anchor_chunk):
+        ids, part = thought_ids[:, places], layout.select(places)
+        length = (part.length - 1).clamp(0, T)  # a thought's rows begin with the start vector's
+        packed = ThoughtLayout(part.anchor, part.lo, length, T)
+        text, own = _hidden_states(model, torch.cat([input_ids, ids.flatten(1)], 1), packed)
+        rows = torch.arange(part.B, device=text.device)[:, None]
+        first = text[rows, part.anchor.long().clamp(min=0)][:, :, None, None].expand(-1, -1, part.N, 1, -1)
+        own = own.unflatten(1, (part.P, part.N, T))
+        targets = torch.where(sampled(part.length - (part.S - T), T), ids, IGNORED)
+        parts.append(head.of(model).logprob(torch.cat([first, own[:, :, :, :-1]], 3), targets, banned=banned))
     return torch.cat(parts, 1)
-
-
-def _thought_logprob(
-    model: PreTrainedModel, head: LMHead, input_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout, banned: list[int]
-) -> Tensor:
-    T = thought_ids.shape[-1]
-    length = (layout.length - 1).clamp(0, T)  # a thought's rows begin with the start vector's
-    packed = ThoughtLayout(layout.anchor, layout.lo, length, T)
-    text, own = _hidden_states(model, torch.cat([input_ids, thought_ids.flatten(1)], 1), packed)
-    rows = torch.arange(layout.B, device=text.device)[:, None]
-    first = text[rows, layout.anchor.long().clamp(min=0)][:, :, None, None].expand(-1, -1, layout.N, 1, -1)
-    own = own.unflatten(1, (layout.P, layout.N, T))
-    sampled = torch.arange(T, device=text.device) < (layout.length - (layout.S - T))[..., None]
-    targets = torch.where(sampled, thought_ids, IGNORED)
-    return head.of(model).logprob(torch.cat([first, own[:, :, :, :-1]], 3), targets, banned=banned)
 
 
 def _hidden_states(model: PreTrainedModel, token_ids: Tensor, layout: ThoughtLayout) -> tuple[Tensor, Tensor]:

@@ -57,22 +57,13 @@ class Thoughts:
 
     def copies(self, N: int) -> Thoughts:
         """The only thought of each anchor, N times."""
-        lengths = self.thought_lengths
-        return Thoughts(
-            self.thought_ids.expand(-1, -1, N, -1).contiguous(),
-            self.logprob.expand(-1, -1, N, -1).contiguous(),
-            None if lengths is None else lengths.expand(-1, -1, N).contiguous(),
-        )
+        return Thoughts(**{name: x.repeat_interleave(N, 2) for name, x in vars(self).items() if x is not None})
 
     @staticmethod
     def join(parts: list[Thoughts]) -> Thoughts:
         """The thoughts of all anchors, from those of consecutive runs of anchors."""
-        lengths = [part.thought_lengths for part in parts if part.thought_lengths is not None]
-        return Thoughts(
-            torch.cat([part.thought_ids for part in parts], 1),
-            torch.cat([part.logprob for part in parts], 1),
-            torch.cat(lengths, 1) if lengths else None,
-        )
+        present = [name for name, x in vars(parts[0]).items() if x is not None]
+        return Thoughts(**{name: torch.cat([getattr(part, name) for part in parts], 1) for name in present})
 
 
 @dataclass(frozen=True)

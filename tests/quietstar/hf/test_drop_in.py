@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, NemotronConfig, StableLmConfig
 
 import quietstar
+from quietstar.hf import attention
 from quietstar_kernels import ThoughtLayout
 from tests.quietstar.common import sequential_logits
 from tests.quietstar.hf import all_architectures as everything
@@ -104,8 +105,8 @@ def test_a_lost_layout_raises(config, without_layout):
         model(**inputs, thought_layout=layout)
 
 
-def test_attention_dropout_warns_once(monkeypatch):
-    monkeypatch.setattr("quietstar.hf.attention._dropout_warned", False)
+def test_attention_dropout_warns_once():
+    attention._warn_dropout.cache_clear()
     layout, inputs = packed_inputs()
     model = make_model(LlamaConfig(**SIZES, attention_dropout=0.5)).train()
     with warnings.catch_warnings(record=True) as caught:
