@@ -37,7 +37,8 @@ def folder(out: str | os.PathLike, step: int) -> Path:
 def every(out: str | os.PathLike) -> list[Path]:
     """The run's checkpoints, oldest first: folders called step-<number> that hold that step; a warning names any that don't."""
     found = []
-    for path in _named(out):
+    named = [path for path in (Path(out) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and is_folder(path)]
+    for path in sorted(named, key=step_of):
         if reason := _not_ours(path):
             warnings.warn(f"{path}: passed over: {reason}", stacklevel=1)  # the same place for all callers: it is shown once
         else:
@@ -62,12 +63,6 @@ def check_folder_or_free(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
         what = "a link that leads to no folder" if path.is_symlink() else "no folder"
         raise ValueError(f"{path}: it is {what}, and this run would overwrite it: move it or choose another --out")
-
-
-def _named(out: str | os.PathLike) -> list[Path]:
-    """The folders called step-<number>, in order."""
-    found = [path for path in (Path(out) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and is_folder(path)]
-    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
@@ -43,20 +44,15 @@ OWN = {
 }
 
 
-class Commands(Mapping[str, Any]):
-    """All commands by name. A command is imported when it is asked for, since the libraries that it needs take seconds."""
+class Commands(UserDict[str, Any]):
+    """All commands by name. A command is imported when it is asked for, since the libraries that it needs take seconds.
 
-    def __init__(self) -> None:
-        self.entries = OWN | {entry.name: entry for entry in entry_points(group=GROUP)} | OWN  # ours come first, and win
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+    Attributes:
+        data: the entry point of each.
+    """
 
     def __getitem__(self, name: str) -> Any:
-        entry = self.entries[name]
+        entry = self.data[name]
         try:
             return entry.load()
         except (ImportError, AttributeError) as error:
@@ -65,13 +61,10 @@ class Commands(Mapping[str, Any]):
             text = f"{entry.value}, of the command {name}, can't be imported: {first_line(error)}"
             raise Failure(USAGE, text) from error
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries  # a Mapping would import it
-
     def overview(self) -> str:
         """What ``quietstar --help`` prints."""
         width = max(map(len, self)) + 4
-        lines = (f"  {name:<{width - 2}}{_purpose(entry)}" for name, entry in self.entries.items())
+        lines = (f"  {name:<{width - 2}}{_purpose(entry)}" for name, entry in self.data.items())
         return OVERVIEW.format("\n".join(textwrap.fill(line, 80, subsequent_indent=" " * width) for line in lines))
 
 
@@ -86,7 +79,7 @@ def _purpose(entry: EntryPoint) -> str:
     return (ast.get_docstring(described[0]) or "").partition("\n")[0]
 
 
-COMMANDS = Commands()
+COMMANDS = Commands(OWN | {entry.name: entry for entry in entry_points(group=GROUP)} | OWN)  # ours come first, and win
 
 OVERVIEW = """\
 usage: quietstar COMMAND [OPTIONS]
@@ -152,7 +145,7 @@ def _until_signal(arguments: list[str]) -> tuple[int, str]:
             code, text = STOPPED, ""
     if not came or code in (0, SAVED):
         return code, text
-    entry = COMMANDS.entries.get(arguments[0])
+    entry = COMMANDS.data.get(arguments[0])
     command = getattr(sys.modules.get(entry.module), entry.attr, None) if entry else None  # None: still importing
     return SAVED, stopped(came, arguments, hasattr(command, "resume"))
 

@@ -45,7 +45,7 @@ def test_no_command_lists_them(quietstar):
 
 def test_a_command_that_can_not_be_imported(quietstar, monkeypatch):
     broken = metadata.EntryPoint("paint", "no_such_package:Paint", GROUP)
-    monkeypatch.setitem(COMMANDS.entries, "paint", broken)
+    monkeypatch.setitem(COMMANDS.data, "paint", broken)
     line = "quietstar: no_such_package:Paint, of the command paint, can't be imported: No module named 'no_such_package'"
     assert quietstar("paint", "--out=x") == (errors.USAGE, "", [line])
     assert quietstar("--help")[1].count("\n  paint\n") == 1
