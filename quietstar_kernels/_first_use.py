@@ -1,27 +1,17 @@
 """On a kind of GPU without published results, ``auto`` only takes a back end after one small case of the op came out right.
 
-A success is recorded in the user's cache folder, in a file for each kind of GPU, op, back end, dtype, widths and versions. A
-back end that gives something wrong, or that can't be compiled, is skipped, with a warning, until the process ends; the next
-process tries it again. An error that may come from elsewhere, such as a file server or a full disk, says nothing about
-the back end: the case is run once more, and then the error is the caller's. Else one process of many would go on with the
-dense reference.
+What is found holds until the process ends: the case is small, and Triton's own cache keeps its kernels. A back end
+that gives something wrong, or that can't be compiled, is skipped, with a warning. An error that may come from elsewhere, such
+as a file server or a full disk, says nothing about the back end: the case is run once more, and then the error is the caller's.
+Else one process of many would go on with the dense reference.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,7 +49,7 @@ def why_not(
         return None
     with _lock:
         if key not in _found:
-            _found[key] = _try_or_remember(*key)
+            _found[key] = _what_is_wrong(*key)
     return _found[key]
 
 
@@ -78,19 +68,16 @@ def _is_busy() -> bool:
     return capturing or torch._C._current_graph_task_id() != -1 or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _try_or_remember(
+def _what_is_wrong(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, widths: Widths, backward: bool
 ) -> str | None:
     kind = _kind(device)
     if kind in MEASURED:
         return None
-    trial = {"kind": kind, "op": op, "backend": backend, "dtype": str(dtype), "widths": dict(widths), "backward": backward}
-    trial |= _took_part()
-    if _was_right(trial):
-        return None
     for last in (False, True):
         try:
-            _in_a_thread(lambda: _try(op, backend, device, dtype, dict(widths), backward))
+            with ThreadPoolExecutor(1) as thread:  # a new one has none of the caller's state: autocast, hooks, streams
+                thread.submit(_try, op, backend, device, dtype, dict(widths), backward).result()
             break
         except torch.OutOfMemoryError:
             raise  # this doesn't mean that the back end is wrong
@@ -110,7 +97,6 @@ def _try_or_remember(
                 stacklevel=6,
             )
             return f"it is wrong on {kind}: {reason}"
-    _remember(trial)
     return None
 
 
@@ -118,55 +104,8 @@ def _kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _in_a_thread(function: Callable[[], Any]) -> None:
-    """A new thread has none of the caller's state: autocast, inference mode, saved-tensor hooks, streams."""
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(function).result()
-
-
 def _try(op: str, backend: str, device: torch.device, dtype: torch.dtype, widths: dict[str, int], backward: bool) -> None:
     """Raises AssertionError if the result is wrong."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     CASES[op](backend, device, dtype, **widths, **({"backward": backward} if op in HAVE_BACKWARD else {}))
-
-
-@functools.cache
-def _took_part() -> dict[str, str | None]:
-    """What the result depends on: versions, and a digest of this package as it is installed."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted([*package.rglob("*.py"), *package.rglob("*.so")]):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    found: dict[str, str | None] = {"package": digest.hexdigest(), "torch": torch.__version__, "triton": None}
-    with suppress(PackageNotFoundError):
-        found["triton"] = version("triton")
-    return found
-
-
-def _file(trial: dict[str, Any]) -> Path:
-    """Raises RuntimeError if the user has no home folder."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = hashlib.sha256(json.dumps(trial, sort_keys=True).encode()).hexdigest()[:32]
-    return Path(folder) / "quietstar_kernels" / f"{name}.json"
-
-
-def _was_right(trial: dict[str, Any]) -> bool:
-    with suppress(OSError, RuntimeError, ValueError):
-        return bool(json.loads(_file(trial).read_text()) == trial)
-    return False
-
-
-def _remember(trial: dict[str, Any]) -> None:
-    """Written to a temporary file and renamed, so that no file is incomplete. A folder that isn't writable is no error."""
-    with suppress(OSError, RuntimeError):
-        file = _file(trial)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=file.parent)
-        try:
-            with os.fdopen(handle, "w") as new:
-                json.dump(trial, new, indent=1)
-            os.replace(path, file)
-        except OSError:
-            os.unlink(path)
-            raise

@@ -153,7 +153,7 @@ def nan_in_new_tensors():
 
 
 @pytest.fixture
-def tries(monkeypatch, tmp_path):
+def tries(monkeypatch):
     """The CPU is a GPU of an unknown kind with the back ends "cpu" and "reference"; holds (op, back end) of each try."""
     tried = []
     right = _first_use._try
@@ -162,7 +162,6 @@ def tries(monkeypatch, tmp_path):
     monkeypatch.setattr(_first_use, "_kind", lambda device: "Test GPU")
     monkeypatch.setattr(_first_use, "_try", lambda *arguments: tried.append(arguments[:2]) or right(*arguments))
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu", "reference"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
     monkeypatch.setattr(_first_use, "_found", {})
     return tried
