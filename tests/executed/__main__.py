@@ -1,7 +1,7 @@
 """``make executed``: what Triton's compiler makes of the kernels, executed on a CPU; needs no GPU. See docs/executed.md.
 
 make executed                           the kernel suite, every module of every kernel, and the wrapper; about 20 minutes
-make executed STAGE=faults DOCS=docs    mistakes put in by hand, and which tool finds which; DOCS replaces the page there
+make executed STAGE=modules DOCS=docs   one of the three; DOCS replaces the page there
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import report
-from faults import FAULTS, ROOT, with_fault
 
 from benchmarks.report.committed import as_json
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 SUITE = [
     f"tests/kernels/test_{name}.py"
     for name in (
@@ -41,7 +41,6 @@ LEFT_OUT = (
 CASES = " and ".join(["triton", *(f"not {name}" for name in LEFT_OUT)])
 SHARES = range(5)  # of eight, for which there is time
 TARGETS = (90, 80, 100)  # compute capabilities
-STAGES = ("suite", "modules", "wrapper", "faults")
 UNDER_TTSEM = "import sys; from ttsem.sanitize import run_pytest; sys.exit(run_pytest(sys.argv[2:], int(sys.argv[1])))"
 
 
@@ -53,15 +52,13 @@ class Job:
     name: str
     arguments: list[str]
     cc: int = 90
-    tool: str = "ttsem"  # or, in the environment of the other tests, Triton's "interpreter", or its "compiler" alone
-    root: Path = ROOT
     code: int = 0
     output: str = ""
     seconds: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
 
 
-def jobs(stages: list[str], out: Path) -> Iterator[Job]:
+def jobs(stages: list[str]) -> Iterator[Job]:
     if "modules" in stages:
         for cc in TARGETS:
             for test in ("plain", *["options", "tree"] * (cc == 90), "decode and not tree", "sample_token", "linear_logprob"):
@@ -71,50 +68,37 @@ def jobs(stages: list[str], out: Path) -> Iterator[Job]:
     if "suite" in stages:
         for share in SHARES:
             yield Job("suite", f"suite, share {share}", [*SUITE, "-k", CASES, f"--shard={share}/8"])
-    if "faults" in stages:
-        for number, fault in enumerate(FAULTS):
-            root = with_fault(fault, out / f"fault-{number}")
-            for tool, arguments in (
-                ("interpreter", fault.cases),
-                ("ttsem", (*fault.cases, "-k", "not 32_bits")),
-                ("compiler", (f"tests/kernels/test_ahead_of_time.py::test_kernels_compile[{fault.op}-sm_90]",)),
-            ):
-                yield Job("faults", fault.what, ["-x", "-rf", *arguments], tool=tool, root=root)
 
 
 def run(job: Job, out: Path) -> Job:
     found = out / f"{job.stage}-{job.name.replace(' ', '-')}.json"
     found.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (job.root, ROOT / "python", HERE)))
-    if job.tool != "ttsem":
-        start = [str(ROOT / ".venv/bin/python"), "-m", "pytest"]
-        environment["TRITON_INTERPRET"] = "1"  # the compiler runs in processes of its own
-    else:
-        start = [sys.executable, "-c", UNDER_TTSEM, str(job.cc), "-p", "plugin", f"--executed={found}"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "python", HERE)))
+    start = [sys.executable, "-c", UNDER_TTSEM, str(job.cc), "-p", "plugin", f"--executed={found}"]
     began = time.monotonic()
     ran = subprocess.run(
-        [*start, "-q", "-p", "no:cacheprovider", *job.arguments], cwd=job.root, env=environment, capture_output=True, text=True
+        [*start, "-q", "-p", "no:cacheprovider", *job.arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     job.code, job.output, job.seconds = ran.returncode, ran.stdout + ran.stderr, time.monotonic() - began
     if found.exists():
         job.result = json.loads(found.read_text())
-    print(f"{job.stage}: {job.name}, {job.tool}, {job.seconds:.0f} s, exit code {job.code}", flush=True)
-    if job.code and job.stage != "faults":
+    print(f"{job.stage}: {job.name}, {job.seconds:.0f} s, exit code {job.code}", flush=True)
+    if job.code:
         print(job.output, flush=True)
     return job
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES[:3])
+    parser.add_argument("--stage", nargs="+", choices=report.STAGES, default=[*report.STAGES])
     parser.add_argument("--out", type=Path, default=ROOT / "build/executed")
     parser.add_argument("--docs", type=Path, help="write executed.md and executed.json here, instead of into --out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-        done = list(workers.map(lambda job: run(job, options.out), jobs(options.stage, options.out)))
+        done = list(workers.map(lambda job: run(job, options.out), jobs(options.stage)))
     folder = options.docs or options.out
     known = folder / "executed.json"
     results = json.loads(known.read_text()) if known.exists() else {}
@@ -124,7 +108,7 @@ def main() -> None:
     results.setdefault("seconds", {})[" ".join(options.stage)] = round(time.monotonic() - began)
     known.write_text(as_json(results))
     print(f"wrote {report.write(results, folder)}")
-    sys.exit(any(job.code for job in done if job.stage != "faults"))
+    sys.exit(any(job.code for job in done))
 
 
 if __name__ == "__main__":

@@ -48,16 +48,7 @@ def modules(jobs: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def faults(jobs: list[Any]) -> list[dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for job in jobs:
-        failures = re.findall(r"^(?:FAILED|ERROR) .*? - (.*)", job.output, re.M)
-        verdict = "" if job.code == 0 else failures[0][:300] if failures else f"the process ended with {job.code}"
-        found.setdefault(job.name, {"fault": job.name})[job.tool] = verdict
-    return list(found.values())
-
-
-STAGES: dict[str, Callable[[list[Any]], Any]] = {"suite": suite, "wrapper": suite, "modules": modules, "faults": faults}
+STAGES: dict[str, Callable[[list[Any]], Any]] = {"suite": suite, "wrapper": suite, "modules": modules}
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:
@@ -102,19 +93,8 @@ def module_problem(row: dict[str, Any]) -> str:
     return f"{other} modules not judged or different" if other else ""
 
 
-def faults_found(rows: list[dict[str, str]]) -> str:
-    """What each tool finds, and what it misses."""
-    tools = {"interpreter": "Triton's interpreter", "ttsem": "ttsem", "compiler": "Reading compiled code"}
-    lines = []
-    for tool, name in tools.items():
-        missed = [row["fault"] for row in rows if not row.get(tool)]
-        but = f": not {'; '.join(missed)}" if 0 < len(missed) < len(rows) else ""
-        lines.append(f"- {name} finds {len(rows) - len(missed)} of {len(rows)}{but}.")
-    return "\n".join(lines)
-
-
 def write(results: dict[str, Any], folder: Path) -> Path:
-    shown = {"suite": cases_of, "modules": modules_table, "wrapper": cases_of, "faults": faults_found}
+    shown = {"suite": cases_of, "modules": modules_table, "wrapper": cases_of}
     parts = {stage: show(results[stage]) if stage in results else "Not run." for stage, show in shown.items()}
     took = ", ".join(f"{stages} in {seconds / 60:.0f} minutes" for stages, seconds in results["seconds"].items())
     page = folder / "executed.md"
