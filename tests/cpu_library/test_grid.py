@@ -1,6 +1,5 @@
 """The compiled library for CPUs without PyTorch: random cases by every instruction set, with sanitizers and two compilers."""
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -90,36 +89,21 @@ def test_an_older_compiler(tmp_path):
     assert not results(grid.build(str(compiler)), "avx512_bf16", 1, 3).startswith("avx512_bf16 ")
 
 
-BUGS = {  # a sanitizer, what is said (a pattern), and the change
-    "the last numbers of a row are read as a whole vector": (
-        "address",
-        "ERROR: AddressSanitizer: ",
-        ("rows.hpp", "if (i + LANES <= width) return numbers", "return numbers"),
-    ),
+BUGS = {  # for each sanitizer what it says and the change
     "a key after the last is read": (
         "address",
         "ERROR: AddressSanitizer: ",
         ("rows.hpp", "i < count; ++i)\n        zeros +=", "i <= count; ++i)\n        zeros +="),
     ),
-    "an own key after the last is read": (
-        "address",
-        "ERROR: AddressSanitizer: ",
-        ("decode.hpp", "key < count; ++key", "key <= count; ++key"),
-    ),
-    "parts are added up before all have ended": (
+    "the end of a thread orders nothing": (
         "thread",
-        "data race|is not written",  # the threads decide which comes first
-        ("run.hpp", "std::memory_order_acq_rel) + 1 == call.parts", "std::memory_order_acq_rel) == 0"),
+        "data race",
+        ("run.hpp", "std::memory_order_acq_rel", "std::memory_order_relaxed"),
     ),
     "a row is not written": (
         "plain",
         "is not written",
         ("forward.hpp", "r < tile.rows; ++r) finish_row", "r + 1 < tile.rows; ++r) finish_row"),
-    ),
-    "the end of a thread orders nothing": (
-        "thread",
-        "data race",
-        ("run.hpp", "std::memory_order_acq_rel", "std::memory_order_relaxed"),
     ),
 }
 
@@ -128,4 +112,4 @@ BUGS = {  # a sanitizer, what is said (a pattern), and the change
 def test_a_bug_is_found(name):
     kind, said, bug = BUGS[name]
     done = grid.run(grid.build(kind=kind, bug=bug), "baseline", 3, CASES[kind])
-    assert done.returncode != 0 and re.search(said, done.stderr), done.stderr[-2000:]
+    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
