@@ -89,7 +89,7 @@ def test_an_older_compiler(tmp_path):
     assert not results(grid.build(str(compiler)), "avx512_bf16", 1, 3).startswith("avx512_bf16 ")
 
 
-BUGS = {  # for each sanitizer what it says and the change
+BUGS = {  # a build, what it says, and the change
     "a key after the last is read": (
         "address",
         "ERROR: AddressSanitizer: ",

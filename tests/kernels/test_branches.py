@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quietstar_kernels import ThoughtLayout, sample_thoughts, thought_attention, thought_decode
 from quietstar_kernels.testing import (
-    assert_close_as_plain,
     assert_op_close_as_plain,
     attention_inputs,
     attention_magnitudes,
@@ -118,30 +117,6 @@ def test_packed_of_a_grid_is_the_grid(backend, name, options, device):
     of_grid, of_packed = (forward_backward(op, inputs, (grad_out,), layout=layout, **options) for layout in (grid, packed))
     assert all(map(torch.equal, of_grid[0], of_packed[0]))
     assert all(torch.equal(of_grid[1][name], of_packed[1][name]) for name in inputs)
-
-
-def test_decode_of_packed_branches_equals_attention(backend, device):
-    if backend == "cuda":
-        pytest.skip("it has no attention to compare with")
-    anchors, lengths = torch.tensor([[0, 3, 3, 6, -1], [1, 1, 1, 1, 4]]), torch.tensor([[2, 0, 5, 1, 0], [1, 4, 0, 2, 6]])
-    layout = ThoughtLayout.packed(anchors, lengths, 7).to(device)
-    inputs = attention_inputs(seeded(0), layout, sinks=True)
-    upcast = {name: x.double() for name, x in inputs.items()}
-    q, k, v, sinks = inputs.values()
-    L, S = layout.L, 8  # more than any branch has
-    plain, truth = (plain_attention(**x, layout=layout)[0] for x in (inputs, upcast))
-    branch, row = layout.branch_of_row(), layout.row_in_branch()
-    own = {"k_own": q.new_full((2, 2, 5, S, 8), torch.nan), "v_own": q.new_full((2, 2, 5, S, 8), torch.nan)}
-    for step in range(S):
-        queries, want, true = (q.new_zeros(2, 4, 5, 8, dtype=x.dtype) for x in (q, plain, truth))
-        for b, r in (row == step).nonzero().tolist():
-            c = int(branch[b, r])
-            own["k_own"][b, :, c, step], own["v_own"][b, :, c, step] = k[b, :, L + r], v[b, :, L + r]
-            for to, x in ((queries, q), (want, plain), (true, truth)):
-                to[b, :, c] = x[b, :, L + r]
-        text = {"k_text": k[:, :, :L], "v_text": v[:, :, :L]}
-        got = thought_decode(queries, **text, **own, layout=layout, step=step, sinks=sinks, backend=backend)
-        assert_close_as_plain(got, want, true, f"step {step}")
 
 
 def test_full_rows_see_later_rows_and_positions_stay():

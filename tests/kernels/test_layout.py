@@ -94,17 +94,6 @@ def test_targets(kind):
             assert got.flatten().tolist() == want, f"seed {seed}"
 
 
-def test_targets_of_documents_and_padding():
-    none = [-100, -100]
-    documents = ThoughtLayout.from_documents(torch.tensor([[0, 0, 1, 1]]), 1, 4)
-    left = ThoughtLayout.from_padding(torch.tensor([[0, 1, 1, 1]]), 1, 4)
-    right = ThoughtLayout.from_padding(torch.tensor([[1, 1, 1, 0]]), 1, 4)
-    labels = torch.tensor([[5, 6, 7, 8]])
-    assert documents.targets(labels, 2)[0, :, 0].tolist() == [[6, -100], none, [8, -100], none]
-    assert left.targets(labels, 2)[0, :, 0].tolist() == [none, [7, 8], [8, -100], none]
-    assert right.targets(labels.where(labels < 8, -100), 2)[0, :, 0].tolist() == [[6, 7], [7, -100], none, none]
-
-
 @pytest.mark.parametrize("kind", LAYOUT_KINDS)
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_dense_mask_is_the_predicate(kind, window):
@@ -203,100 +192,87 @@ def test_select_text_only_and_to():
 AT = {"anchors": torch.tensor([[0, 2], [1, -1]]), "thoughts": 2, "rows": 3, "text_length": 4}
 LO = torch.zeros(2, 4, dtype=torch.int32)
 LENGTH = torch.full((2, 2, 2), 3)
-BAD_AT = [
-    ({"thoughts": 0}, "thoughts N must be an integer of at least 1, got 0"),
-    ({"rows": 0}, "rows S must be an integer of at least 1, got 0"),
-    ({"anchors": torch.zeros(2, 2)}, "anchors must have dtype int32, int64, got float32"),
-    ({"anchors": [[0]]}, "anchors must be a tensor [B,P], got [[0]]"),
-    ({"text_length": None}, "at() needs lo or text_length"),
-    ({"lo": LO[:, :3]}, "lo must have shape [B,L]=[2,4], got [2,3]"),
-    ({"lo": LO.to("meta")}, "lo must be on cpu, got meta"),
-    ({"length": LENGTH[:, :1]}, "length must have shape [B,P,N]=[2,2,2], got [2,1,2]"),
-    ({"anchors": torch.tensor([[0, 2], [1, 4]])}, "anchors must be from -1 to L-1=3, broken at [1, 1] of shape [2, 2]"),
-    ({"anchors": torch.tensor([[0, 2], [2, 1]])}, "anchors must ascend, with -1 only at the end, broken at [1, 0]"),
-    ({"lo": LO + torch.tensor([0, 0, 3, 0])}, "lo must satisfy 0 <= lo[b,t] <= t, broken at [0, 2] of shape [2, 4]"),
-    ({"length": LENGTH + 1}, "length must be from 0 to rows S=3, broken at [0, 0, 0] of shape [2, 2, 2]"),
+MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
+IDS = {"input_ids": torch.zeros(2, 4).long(), "thought_ids": torch.zeros(2, 2, 2, 1).long()}
+PACKED = "packed must be a dense tensor of shape [B,M,...]=[2,16,...], got "
+
+
+def at(**change):
+    return ThoughtLayout.at(**(AT | change))
+
+
+def token_ids(**change):
+    return at().token_ids(**(IDS | change), start_id=1, end_id=2, pad_id=0)
+
+
+def sequences(*given):
+    return ThoughtLayout.from_sequences(*given)
+
+
+REFUSED = [  # a call, and what its error begins with
+    (lambda: at(thoughts=0), ": thoughts N must be an integer of at least 1, got 0"),
+    (lambda: at(rows=0), ": rows S must be an integer of at least 1, got 0"),
+    (lambda: at(anchors=torch.zeros(2, 2)), ": anchors must have dtype int32, int64, got float32"),
+    (lambda: at(anchors=[[0]]), ": anchors must be a tensor [B,P], got [[0]]"),
+    (lambda: at(text_length=None), ": at() needs lo or text_length"),
+    (lambda: at(lo=LO[:, :3]), ": lo must have shape [B,L]=[2,4], got [2,3]"),
+    (lambda: at(lo=LO.to("meta")), ": lo must be on cpu, got meta"),
+    (lambda: at(length=LENGTH[:, :1]), ": length must have shape [B,P,N]=[2,2,2], got [2,1,2]"),
+    (
+        lambda: at(anchors=torch.tensor([[0, 2], [1, 4]])),
+        ": anchors must be from -1 to L-1=3, broken at [1, 1]",
+    ),
+    (lambda: at(anchors=torch.tensor([[0, 2], [2, 1]])), ": anchors must ascend, with -1 only at the end, broken at [1, 0]"),
+    (lambda: at(lo=LO + torch.tensor([0, 0, 3, 0])), ": lo must satisfy 0 <= lo[b,t] <= t, broken at [0, 2] of shape [2, 4]"),
+    (lambda: at(length=LENGTH + 1), ": length must be from 0 to rows S=3, broken at [0, 0, 0] of shape [2, 2, 2]"),
+    (lambda: ThoughtLayout.every_position(-1, 2, 1, 1), ": batch must be an integer of at least 0, got -1"),
+    (lambda: ThoughtLayout.from_padding(MASK.float(), 1, 1), ": attention_mask must have dtype"),
+    (
+        lambda: ThoughtLayout.from_padding(torch.tensor([[1, 1, 1], [1, 0, 1]]), 1, 1),
+        ": attention_mask must have its ones together, row 1 has padding inside the text",
+    ),
+    (lambda: ThoughtLayout.from_padding(MASK, 1, 1, MASK[:1]), ": anchors must have shape [B,P]=[2,?], got [1,3]"),
+    (lambda: ThoughtLayout.from_documents(MASK[0], 1, 1), ": document_ids must have shape [B,L]=[?,?], got [3]"),
+    (
+        lambda: ThoughtLayout.from_documents(torch.tensor([[0, 0, 0], [4, 5, 4]]), 1, 1),
+        ": document_ids must keep a document together, row 1 has one in two pieces",
+    ),
+    (
+        lambda: ThoughtLayout.packed(torch.tensor([[1, 1]]), torch.tensor([[2**62, 2**62]]), 3),  # beyond 64 bits in all
+        ": L+R and B*C must be at most 2,147,483,647",
+    ),
+    (lambda: token_ids(input_ids=LO[:, :3]), ".token_ids: input_ids must have shape [B,L]=[2,4], got [2,3]"),
+    (lambda: token_ids(thought_ids=LENGTH[:, :, :1, None]), ".token_ids: thought_ids must have shape [B,P,N,T]=[2,2,2,?]"),
+    (lambda: token_ids(thought_ids=torch.zeros(2, 2, 2, 2).long()), ".token_ids: rows S must be at least T+2=4, got 3"),
+    (lambda: at().split(torch.zeros(2, 15, 3)), f".split: {PACKED}a tensor [2, 15, 3] of float32"),
+    (lambda: at().split(None), f".split: {PACKED}None"),
+    (lambda: at().predicting(torch.zeros(3, 16), 1), f".predicting: {PACKED}a tensor [3, 16] of float32"),
+    (lambda: at().predicting(torch.zeros(2, 16), 0), ".predicting: lookahead must be from 1 to S=3, got 0"),
+    (lambda: at().targets(LO, 4), ".targets: lookahead must be from 1 to S=3, got 4"),
+    (lambda: sequences(5), ".from_sequences: sequences must be a list of lists or tensors of token ids, got 5"),
+    (lambda: sequences([None]), ".from_sequences: sequence 0 must be integers [T] of 64 bits, got None"),
+    (lambda: sequences(["abc"]), ".from_sequences: sequence 0 must be integers [T] of 64 bits, got 'abc'"),
+    (lambda: sequences([[2**63]]), ".from_sequences: sequence 0 must be integers [T] of 64 bits, got [9223372036854775808]"),
+    (lambda: sequences([[-(2**63)]]), ".from_sequences: ids must be above -2^63"),
+    (lambda: sequences([[1, 2], [1, 0.5]]), ".from_sequences: sequence 1 must be integers [T], got torch.float32 [2]"),
 ]
 
 
-@pytest.mark.parametrize("change, message", BAD_AT, ids=lambda x: x if isinstance(x, str) else "")
-def test_at_refuses(change, message):
-    ThoughtLayout.at(**AT)
-    with pytest.raises(ValueError, match=r"^ThoughtLayout: .*" + re.escape(message)):
-        ThoughtLayout.at(**(AT | change))
+@pytest.mark.parametrize("call, message", REFUSED, ids=[message for _, message in REFUSED])
+def test_refused(call, message):
+    token_ids()
+    with pytest.raises(ValueError, match="^ThoughtLayout" + re.escape(message)):
+        call()
 
 
 def test_values_are_checked_in_a_compiled_function_too():
     def build(anchors):
-        return ThoughtLayout.at(**(AT | {"anchors": anchors})).anchor
+        return at(anchors=anchors).anchor
 
     compiled = torch.compile(build, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(AT["anchors"]), build(AT["anchors"]))
     with pytest.raises(RuntimeError, match="anchors must be from -1 to L-1=3"):
         compiled(AT["anchors"] + 10)
-
-
-MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
-DOCUMENTS = torch.tensor([[0, 0, 1], [4, -1, -1]])
-BAD_BUILDS = [
-    (lambda: ThoughtLayout.every_position(-1, 2, 1, 1), "batch must be an integer of at least 0, got -1"),
-    (lambda: ThoughtLayout.every_position(2, 2, 0, 1), "thoughts N must be an integer of at least 1, got 0"),
-    (lambda: ThoughtLayout.from_padding(MASK.float(), 1, 1), "attention_mask must have dtype"),
-    (
-        lambda: ThoughtLayout.from_padding(torch.tensor([[1, 1, 1], [1, 0, 1]]), 1, 1),
-        "attention_mask must have its ones together, row 1 has padding inside the text",
-    ),
-    (
-        lambda: ThoughtLayout.from_padding(MASK, 1, 1, anchors=torch.zeros(1, 2, dtype=torch.int32)),
-        "anchors must have shape [B,P]=[2,?], got [1,2]",
-    ),
-    (
-        lambda: ThoughtLayout.from_padding(MASK, 1, 1, anchors=torch.full((2, 1), 3)),
-        "anchors must be from -1 to L-1=2, broken at [0, 0]",
-    ),
-    (lambda: ThoughtLayout.from_documents(DOCUMENTS[0], 1, 1), "document_ids must have shape [B,L]=[?,?], got [3]"),
-    (
-        lambda: ThoughtLayout.from_documents(torch.tensor([[0, 0, 0], [4, 5, 4]]), 1, 1),
-        "document_ids must keep a document together, row 1 has one in two pieces",
-    ),
-]
-
-
-@pytest.mark.parametrize("build, message", BAD_BUILDS, ids=[message for _, message in BAD_BUILDS])
-def test_builders_refuse(build, message):
-    with pytest.raises(ValueError, match=r"^ThoughtLayout: .*" + re.escape(message)):
-        build()
-
-
-BAD_TOKENS = [
-    ({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, "input_ids must have shape [B,L]=[2,4], got [2,3]"),
-    ({"thought_ids": torch.zeros(2, 2, 1, 1, dtype=torch.int64)}, "thought_ids must have shape [B,P,N,T]=[2,2,2,?]"),
-    ({"thought_ids": torch.zeros(2, 2, 2, 2, dtype=torch.int64)}, "rows S must be at least T+2=4, got 3"),
-]
-
-
-@pytest.mark.parametrize("change, message", BAD_TOKENS, ids=lambda x: x if isinstance(x, str) else "")
-def test_token_ids_refuses(change, message):
-    fine = {"input_ids": torch.zeros(2, 4, dtype=torch.int64), "thought_ids": torch.zeros(2, 2, 2, 1, dtype=torch.int64)}
-    ThoughtLayout.at(**AT).token_ids(**fine, start_id=1, end_id=2, pad_id=0)
-    with pytest.raises(ValueError, match=r"^ThoughtLayout.token_ids: " + re.escape(message)):
-        ThoughtLayout.at(**AT).token_ids(**(fine | change), start_id=1, end_id=2, pad_id=0)
-
-
-PACKED = "packed must be a dense tensor of shape [B,M,...]=[2,16,...], got "
-BAD_ROWS = [
-    (lambda layout: layout.split(torch.zeros(2, 15, 3)), f"split: {PACKED}a tensor [2, 15, 3] of float32"),
-    (lambda layout: layout.split(None), f"split: {PACKED}None"),
-    (lambda layout: layout.predicting(torch.zeros(3, 16), 1), f"predicting: {PACKED}a tensor [3, 16] of float32"),
-    (lambda layout: layout.predicting(torch.zeros(2, 16), 0), "predicting: lookahead must be from 1 to S=3, got 0"),
-    (lambda layout: layout.targets(torch.zeros(2, 4).long(), 4), "targets: lookahead must be from 1 to S=3, got 4"),
-]
-
-
-@pytest.mark.parametrize("call, message", BAD_ROWS, ids=[message for _, message in BAD_ROWS])
-def test_split_predicting_and_targets_refuse(call, message):
-    with pytest.raises(ValueError, match="^ThoughtLayout." + re.escape(message)):
-        call(ThoughtLayout.at(**AT))
 
 
 def test_thoughts_without_text():
@@ -459,23 +435,3 @@ def test_sequences_under_another_default_device():
     with torch.device("meta"):
         got = ThoughtLayout.from_sequences([[1, 2, 3], [1, 2, 4]], device="cpu")
     assert same_fields(got[0], want[0]) and torch.equal(got[1], want[1])
-
-
-BAD = [
-    (5, "sequences must be a list"),
-    ([None], "got None"),
-    (["abc"], "got 'abc'"),
-    ([[2**63]], "64 bits"),
-    ([[-(2**63)]], "above"),
-]
-
-
-@pytest.mark.parametrize("sequences, says", BAD)
-def test_sequences_of_something_else(sequences, says):
-    with pytest.raises(ValueError, match=f"^ThoughtLayout.from_sequences: .*{says}"):
-        ThoughtLayout.from_sequences(sequences)
-
-
-def test_a_sum_of_lengths_beyond_64_bits():
-    with pytest.raises(ValueError, match="must be at most 2,147,483,647"):
-        ThoughtLayout.packed(torch.tensor([[1, 1]]), torch.tensor([[2**62, 2**62]]), text_length=3)
