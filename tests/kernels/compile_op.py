@@ -1,4 +1,4 @@
-"""``compile_op.py thought_decode sm_90 thorough``: what each kernel of an op takes on a target, as JSON lines.
+"""``compile_op.py sm_90 thorough thought_decode``: what each kernel of the ops takes on a target, as JSON lines.
 
 ``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. "usual" leaves out dtypes and options of
 which the tables of tiles know nothing; "brief", all but heads of 128 in 16 bit; "thorough" leaves trees to "trees", so that
@@ -26,7 +26,12 @@ import machine_code  # noqa: E402
 from ahead_of_time import compiled_for, disassembly, resources  # noqa: E402
 
 
-def main(op: str, target: str, extent: str) -> None:
+def main(target: str, extent: str, *ops: str) -> None:
+    for op in ops:
+        compile_op(op, target, extent)
+
+
+def compile_op(op: str, target: str, extent: str) -> None:
     cases = importlib.import_module(f"compiled.{op}")
     seen = set()
     for label, launch in cases.launches(target, extent == "thorough"):
@@ -40,8 +45,9 @@ def main(op: str, target: str, extent: str) -> None:
         for kernel in kernels:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                row = {"label": label, "advice": sorted({code for code, name in advice if name == kernel.metadata.name})}
-                row |= asdict(resources(kernel)) | {"warp_groups": "wgmma.mma_async" in kernel.asm.get("ptx", "")}
+                advised = sorted({code for code, name in advice if name == kernel.metadata.name})
+                row = {"op": op, "label": label, "advice": advised, **asdict(resources(kernel))}
+                row["warp_groups"] = "wgmma.mma_async" in kernel.asm.get("ptx", "")
                 if target == "sm_90" and row["kernel"] in cases.HGMMA and "float32" not in label:
                     row["loops"] = [asdict(loop) for loop in machine_code.loops(machine_code.instructions(disassembly(kernel)))]
                 print(json.dumps(row), flush=True)

@@ -52,13 +52,11 @@ def launches(target, thorough):
         yield from cases(torch.float32, widths, *everything)
         if target == "sm_90" or widths == (128, 128):
             yield from cases(torch.bfloat16, widths, f"{everything[0]}, {TREE}", everything[1])
-    for widths in WIDTHS if target == "sm_90" else WIDTHS[:1]:  # the others have the same tiles without options
-        yield from cases(torch.bfloat16, widths, "", OPTIONS[""])
-        if target == "sm_90":
+        if target == "sm_90":  # the others have the same tiles without options
+            yield from cases(torch.bfloat16, widths, "", OPTIONS[""])
             yield from cases(torch.bfloat16, widths, TREE, OPTIONS[""])
     if thorough:
         yield from cases(torch.bfloat16, (192, 80), "", OPTIONS[""])
-        yield from cases(torch.float16, (128, 128), "", OPTIONS[""])
 
 
 def cases(dtype, widths, name, options):

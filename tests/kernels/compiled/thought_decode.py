@@ -1,6 +1,7 @@
-"""thought_decode: every width of the tables, for the sizes of training and generation; trees of 128, for sm_90 of every width.
+"""thought_decode: every width of the tables with all options, for the sizes of training and generation; trees of 128.
 
-Thoroughly: widths between them too, single options, and float16.
+For sm_90, which has tiles of their own for them, also without options, and trees of every width; thoroughly, also keys and
+values of different widths.
 """
 
 import functools
@@ -11,7 +12,7 @@ from quietstar_kernels._options import AttentionOptions
 from quietstar_kernels.triton.thought_decode import thought_decode
 
 HGMMA = {"_decode": 3}  # see thought_attention.py
-COMPILES = {"bfloat16 K=64": {}, "bfloat16 K=64 window": {}}  # with more sizes, which one compile serves
+COMPILES = {"bfloat16 K=64": {}, "bfloat16 K=64 window, softcap, sinks": {}}  # with more sizes, which one compile serves
 NO_MATRIX = {"_add_parts"}
 
 SIZES = [{}, {"C": 1, "L": 4096, "heads": 1}]
@@ -21,35 +22,27 @@ MORE_SIZES += [{"heads": heads, "C": 256 * heads} for heads in (1, 2, 3, 8, 16, 
 ]
 OPTIONS = {  # window, softcap, sinks, whether on a tree
     "": (None, None, False, False),
-    "window": (64, None, False, False),
-    "softcap": (None, 30.0, False, False),
     "window, softcap, sinks": (64, 30.0, True, False),
     "on a tree": (None, None, False, True),
     "window, softcap, sinks, on a tree": (64, 30.0, True, True),
 }
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
-ENDS = ["", "window, softcap, sinks"]
-TREES = ["on a tree", "window, softcap, sinks, on a tree"]
-CASES = [  # dtypes, widths, names of options
-    (torch.bfloat16, WIDTHS, ENDS + TREES),
-    (torch.float32, WIDTHS, ENDS[1:]),
-]
-MORE_CASES = [
-    (torch.bfloat16, WIDTHS[:1], ["window", "softcap"]),
-    (torch.bfloat16, [(80, 80), (192, 128)], ENDS),
-    (torch.float16, WIDTHS[1:2], ENDS),
-]
 
 
 def launches(target, thorough):
-    for dtype, widths, names in CASES + MORE_CASES * thorough:
-        for K, E in widths:
-            for name in names:
-                if name in TREES and target != "sm_90" and K != 128:
-                    continue
-                label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
-                for sizes in SIZES + MORE_SIZES * (label in COMPILES):
-                    yield label, functools.partial(decode, dtype, K, E, OPTIONS[name], **sizes)
+    everything, tree = list(OPTIONS)[1::2]
+    for widths in WIDTHS:
+        for name in OPTIONS if target == "sm_90" else [everything, tree] if widths == (128, 128) else [everything]:
+            yield from cases(torch.bfloat16, *widths, name)
+        yield from cases(torch.float32, *widths, everything)
+    if thorough:
+        yield from cases(torch.bfloat16, 192, 128, everything)
+
+
+def cases(dtype, K, E, name):
+    label = " ".join(filter(None, [str(dtype).removeprefix("torch."), f"K={K}", "" if E == K else f"E={E}", name]))
+    for sizes in SIZES + MORE_SIZES * (label in COMPILES):
+        yield label, functools.partial(decode, dtype, K, E, OPTIONS[name], **sizes)
 
 
 def decode(dtype, K, E, options, B=1, L=256, C=512, S=14, groups=2, heads=4, step=torch.int32):
