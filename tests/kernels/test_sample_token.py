@@ -72,8 +72,11 @@ def assert_same_draws(got, want, margins):
     assert (margins[different] < 1e-4).all(), f"margins {margins[different].tolist()}"
 
 
-@pytest.mark.parametrize("vocabulary", [1, 16, 127, 128, 129, 333, 1000])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options, vocabulary",
+    [({}, vocabulary) for vocabulary in (1, 16, 127, 128, 1000)] + [(x, size) for x in OPTIONS for size in (129, 333)],
+    ids=str,
+)
 def test_draws_are_those_of_the_definition(backend, device, options, vocabulary):
     options = {"banned": (), **options}
     options["banned"] = tuple(i for i in options["banned"] if i < vocabulary - 1)
@@ -119,21 +122,16 @@ def test_extreme_counters(backend, device, seed):
     assert_same_draws(draws, *defined_draws(inputs, seed % 2**64))
 
 
-@pytest.mark.parametrize("vocabulary", [200, 333])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_chi_square(backend, device, interpreted, options, vocabulary):
-    """Many draws from one distribution, in chunks. Cells with fewer than 5 expected draws are merged."""
-    inputs = make(vocabulary, 1, vocabulary=vocabulary, device=device)
-    draws, cells = (2_000, 20) if interpreted else (100_000, 50)
-    chunk = min(draws, 20_000)
-    counts = torch.zeros(vocabulary, dtype=torch.int64)
-    for first in range(0, draws, chunk):
-        position = torch.arange(first, first + chunk)
-        counters = torch.stack([position % 3, position // 3, position % 7, position % 11], 1).int().to(device)
-        many = inputs | {"hidden": inputs["hidden"].expand(chunk, -1), "counters": counters}
-        ids, _ = sample_token(**many, seed=1, backend=backend, **options)
-        counts += torch.bincount(ids.cpu(), minlength=vocabulary)
-    expected = draws * log_softmax(inputs, **options)[0].exp().cpu()
+@pytest.mark.parametrize("options, vocabulary", [(OPTIONS[0], 200), (OPTIONS[-1], 333)], ids=str)
+def test_chi_square(options, vocabulary):
+    """Many draws from one distribution, by the definition. Cells with fewer than 5 expected draws are merged."""
+    inputs, draws = make(vocabulary, 1, vocabulary=vocabulary), 100_000
+    position = torch.arange(draws)
+    counters = torch.stack([position % 3, position // 3, position % 7, position % 11], 1).int()
+    many = inputs | {"hidden": inputs["hidden"].expand(draws, -1), "counters": counters}
+    ids, _ = sample_token(**many, seed=1, backend="cpu", **options)
+    counts = torch.bincount(ids, minlength=vocabulary)
+    expected = draws * log_softmax(inputs, **options)[0].exp()
     assert counts[expected == 0].sum() == 0
     rare = expected < 5
     observed = torch.cat([counts[~rare].double(), counts[rare].sum().double()[None]])
@@ -141,15 +139,23 @@ def test_chi_square(backend, device, interpreted, options, vocabulary):
     observed, expected = observed[expected > 0], expected[expected > 0]
     statistic = ((observed - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
-    assert len(expected) > cells
+    assert len(expected) > 50
     assert torch.special.gammaincc(freedom, statistic / 2) > 1e-4
-    wrong = (1 + 0.1 * (100_000 / draws) ** 0.5) * observed
+    wrong = 1.1 * observed
     assert torch.special.gammaincc(freedom, ((wrong - expected) ** 2 / expected).sum() / 2) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("options", [{}, {"banned": (3, 7)}, {"scale": 0.5, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options, temperature, dtype",
+    [
+        (options, temperature, dtype)
+        for options in ({}, {"banned": (3, 7)}, {"scale": 0.5, "softcap": 3.0})
+        for temperature in (0.0, 0.7, 1.0)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if dtype == torch.float32 or temperature == 0.7
+    ],
+    ids=str,
+)
 def test_logprob(backend, device, options, temperature, dtype):
     """The log-probability of what was drawn; at temperature 0 of the lowest argmax, at temperature 1."""
     if not serves(backend, device, dtype):

@@ -24,13 +24,15 @@ def scrambled(x, hidden, generator):
     return torch.where(hidden[:, None, :, None], (sign * HUGE[x.dtype]).to(x.dtype), x)
 
 
-@pytest.mark.parametrize("dtype", list(HUGE), ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"query_rows": "thoughts"}], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+OPTIONS = [{}, {"window": 3}, {"softcap": 2.0}, {"query_rows": "thoughts"}]
+CASES = [(kind, x, dtype) for kind in KINDS for x in OPTIONS for dtype in HUGE if dtype == torch.float32 or not x]
+
+
+@pytest.mark.parametrize("kind, options, dtype", CASES, ids=str)
 def test_huge_values_where_a_row_may_not_look(backend, kind, options, dtype, device, interpreted, narrow):
     """For single rows: if all that the row may not see is huge, its output and gradients stay bitwise the same."""
-    if interpreted and (dtype == torch.bfloat16 or dtype == torch.float16 and options):
-        pytest.skip("Triton's interpreter is slow, and computes bf16 wrongly")
+    if interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bf16 wrongly")
     generator = torch.Generator().manual_seed(7)
     layout = random_layout(generator, kind, 2, 12, 2, 3, device=device)
     rows = options.get("query_rows", "all")
@@ -69,8 +71,7 @@ def assert_same_where(good, bad, keep, what):
     assert torch.equal(good.transpose(1, 2)[keep], bad.transpose(1, 2)[keep]), what
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("query_rows", ["all", "thoughts"])
+@pytest.mark.parametrize("query_rows, softcap", [("all", 2.0), ("thoughts", None)])
 @pytest.mark.parametrize("kind", ["anchors", "left", "both", "documents", "ragged", *BRANCH_KINDS])
 def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, interpreted, narrow):
     """q, k, v and the gradient hold NaN in every row that is off: nothing changes at all."""
@@ -93,8 +94,7 @@ def test_nan_in_rows_that_are_off(backend, kind, query_rows, softcap, device, in
     assert seen
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("query_rows", ["all", "thoughts"])
+@pytest.mark.parametrize("query_rows, softcap", [("all", 2.0), ("thoughts", None)])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_nan_in_padded_text(backend, side, query_rows, softcap, device, narrow):
     """k and v hold NaN in padded text: real rows and their gradients don't change, if padded rows have no gradient."""

@@ -176,9 +176,17 @@ def test_nan_that_nobody_may_read(backend, kind, softcap, device, few, shape):
     assert hidden
 
 
-@pytest.mark.parametrize("dtype", list(HUGE), ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}], ids=str)
-@pytest.mark.parametrize("kind", ["every", "anchors", "left", "documents", "any_lo", "ragged"])
+@pytest.mark.parametrize(
+    "kind, options, dtype",
+    [
+        (kind, options, dtype)
+        for kind in ("every", "anchors", "left", "documents", "any_lo", "ragged")
+        for options in ({}, {"window": 3}, {"softcap": 2.0})
+        for dtype in HUGE
+        if dtype == torch.float16 or not options
+    ],
+    ids=str,
+)
 def test_huge_values_where_a_thought_may_not_look(backend, kind, options, dtype, device, few, shape):
     if not serves(backend, device, dtype):
         pytest.skip(f"{backend} does not compute in {dtype} here")
