@@ -2,8 +2,9 @@
 
 Those of attention and decoding for sm_90 in 16 bit are the fastest on an H200 (``python -m benchmarks.gpu.tiles``).
 
-A table maps (target, bytes per element, largest width it serves) to a ``Config``; ``pick`` takes the narrowest that fits. The
-tiles of "interpreter" are small, so that tests of small inputs cross many tile edges.
+A table maps (target, bytes per element, largest width it serves) to a ``Config``; ``pick`` takes the narrowest that fits, and
+where a target has none for this size of elements, that of sm_80. The tiles of "interpreter" are small, so that tests of small
+inputs cross many tile edges.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 Table = dict[tuple[str, int, int], "Config"]
-ANY_WIDTH = 1 << 30
+ANY_SIZE, ANY_WIDTH = 0, 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +68,19 @@ def dot_precision() -> str:
 
 
 def pick(tables: Table | list[Table], itemsize: int, width: int) -> Config:
-    """The config of the current target for elements of ``itemsize`` bytes and a ``width``, from the first table that has one.
+    """The config for elements of ``itemsize`` bytes and a ``width``, from the first table that has one for the current target.
 
-    Raises KeyError if none has.
+    If none has, from the first that has one for sm_80. Raises KeyError if none has.
     """
-    here = target()
-    for table in [tables] if isinstance(tables, dict) else tables:
-        wanted = id(table), here, itemsize, width
-        if wanted not in _picked:
-            widths = [w for name, size, w in table if name == here and size == itemsize and w >= width]
-            _picked[wanted] = (here, itemsize, min(widths)) if widths else None
-        if entry := _picked[wanted]:
-            return table[entry]
-    raise KeyError(f"no tiles for {here}, {itemsize} bytes per element, width {width}")
+    for name in (target(), "sm_80"):
+        for table in [tables] if isinstance(tables, dict) else tables:
+            wanted = id(table), name, itemsize, width
+            if wanted not in _picked:
+                fit = [x for x in table if x[0] == name and x[1] in (itemsize, ANY_SIZE) and x[2] >= width]
+                _picked[wanted] = min(fit, key=lambda x: x[2], default=None)
+            if entry := _picked[wanted]:
+                return table[entry]
+    raise KeyError(f"no tiles for {target()}, {itemsize} bytes per element, width {width}")
 
 
 _picked: dict[tuple[int, str, int, int], tuple[str, int, int] | None] = {}  # tables are never freed
@@ -90,8 +91,7 @@ _picked: dict[tuple[int, str, int, int], tuple[str, int, int] | None] = {}  # ta
 # without it, a tile with such values is computed again, by code that takes registers too. maxnreg=255: without it, the compiler
 # spills some registers to raise the occupancy.
 ATTENTION_FORWARD: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
@@ -101,9 +101,6 @@ ATTENTION_FORWARD: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}),
     ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3),
-    ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
-    ("sm_90", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
     ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, maxnreg=255),
@@ -148,8 +145,7 @@ ATTENTION_BACKWARD_SUM = Config({"BLOCK_R": 4})
 
 # dq: blocks as in ATTENTION_FORWARD.
 ATTENTION_BACKWARD_QUERIES: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
@@ -160,9 +156,6 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=128),
     ("sm_90", 2, 192): Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
-    ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=255),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=255),
     ("sm_100", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
@@ -189,8 +182,7 @@ ATTENTION_BACKWARD_QUERIES_TREE: Table = {
 
 # dk and dv: BLOCK_N keys stay, for a loop over BLOCK_M query rows of one head. A third stage hides the loads of the rows.
 ATTENTION_BACKWARD_TEXT_KEYS: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_80", 2, 256): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
@@ -206,9 +198,6 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_100", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("sm_100", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
-    ("sm_100", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
-    ("sm_100", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("gfx942", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
@@ -217,8 +206,7 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8, num_stages=1),
 }
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
@@ -231,12 +219,6 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("sm_100", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
-    ("sm_100", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
-    ("sm_100", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
-    ("sm_100", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("sm_100", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
-    ("sm_100", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("gfx942", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
@@ -247,38 +229,29 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
 
 # linear_logprob reads fp32 logits whatever the model's dtype: BLOCK_R rows, BLOCK_V ids at a time in a loop along the rows.
 ONLINE_SOFTMAX: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
     ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
     ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}, maxnreg=128),
-    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
-    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 2, "BLOCK_V": 2048}),
 }
 
 # The same logits, BLOCK_R x BLOCK_V of them in a program.
 LOGITS_GRADIENT: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),
     ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
-    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
-    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
-    ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 4, "BLOCK_V": 512}),
 }
 
 # BLOCK_R rows times BLOCK_V ids (a multiple of 128) in steps of BLOCK_D of the model's width. The width is the number of rows.
 # maxnreg=255: without it, the compiler spills some registers to raise the occupancy.
 SAMPLE_TOKEN: Table = {
-    ("interpreter", 4, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_R": 256, "BLOCK_V": 256, "BLOCK_D": 16}),
-    ("interpreter", 2, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_R": 256, "BLOCK_V": 256, "BLOCK_D": 16}),
+    ("interpreter", ANY_SIZE, 128): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_R": 256, "BLOCK_V": 256, "BLOCK_D": 16}),
     ("sm_80", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=4),
     ("sm_80", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=8, num_stages=3),
     ("sm_80", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3, maxnreg=255),
     ("sm_90", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4),
     ("sm_90", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 256, "BLOCK_D": 64}, num_warps=8, num_stages=4),
-    ("sm_90", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3, maxnreg=255),
     ("sm_100", 2, 64): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=4, maxnreg=255),
     ("sm_100", 2, ANY_WIDTH): Config({"BLOCK_R": 128, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=8, num_stages=3, maxnreg=255),
-    ("sm_100", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 16}, num_warps=8, num_stages=3, maxnreg=255),
     ("gfx942", 2, 16): Config({"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}, num_warps=4, num_stages=2),
     ("gfx942", 2, ANY_WIDTH): Config({"BLOCK_R": 64, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),
     ("gfx942", 4, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 128, "BLOCK_D": 32}, num_warps=4, num_stages=2),
@@ -289,8 +262,7 @@ SAMPLE_TOKEN_CHOICE = Config({"BLOCK_R": 8, "BLOCK_P": 128})
 
 # As in ATTENTION_FORWARD. maxnreg: 128 if two programs then share a processor, 255 if the compiler would spill to use fewer.
 THOUGHT_DECODE: Table = {
-    ("interpreter", 4, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("interpreter", 2, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
+    ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_80", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=128),
     ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_80", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),

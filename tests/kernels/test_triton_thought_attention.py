@@ -34,7 +34,7 @@ def forward(q, k, v, layout, sinks):
 
 @pytest.mark.skipif(not INTERPRETED, reason="for GPUs the other tests run these tiles")
 @pytest.mark.kernels
-@pytest.mark.parametrize("entry, apart", [(("sm_90", 2, 128), 11), (("sm_90", 4, 256), 90)], ids=str)
+@pytest.mark.parametrize("entry, apart", [(("sm_90", 2, 128), 11), (("sm_80", 4, 256), 90)], ids=str)
 def test_shipped_tiles(entry, apart, monkeypatch):
     """Whole and masked blocks of text, tiles of several thoughts, thoughts of more rows than a block of own keys."""
     monkeypatch.setattr(op, "pick", lambda *_: configs.ATTENTION_FORWARD[entry])
