@@ -38,25 +38,13 @@ def way(request, monkeypatch):
         monkeypatch.setattr(_library, "missing", lambda: "a test leaves it out")
 
 
-def backend_functions(op, backend="cpu"):
-    return _dispatch.module(op, backend)
-
-
-def test_the_reference_is_seen_to_be_dense():
-    hidden, weight, bias, counters = sample_inputs(seeded(0), 64, 4, 500).values()
-    head = Head(weight, bias, None, None, 1.0, [])
-    with LargestOutput() as largest:
-        backend_functions("sample_token", "reference").sample_token(hidden, head, counters, 0)
-    assert largest.numel >= 64 * 500
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_sample_token(way, softcap, temperature):
     hidden, weight, bias, counters = sample_inputs(seeded(0), R, 4, V, bias=True).values()
     head = Head(weight, bias, None, softcap, temperature, [3])
     with LargestOutput() as largest:
-        backend_functions("sample_token").sample_token(hidden, head, counters, torch.tensor(0))
+        _dispatch.module("sample_token", "cpu").sample_token(hidden, head, counters, torch.tensor(0))
     assert V <= largest.numel <= R * V // SHARE
 
 
@@ -76,14 +64,14 @@ def largest_of_linear_logprob(functions, rows, vocabulary, softcap, entropy, kee
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_linear_logprob(softcap, entropy):
-    found = largest_of_linear_logprob(backend_functions("linear_logprob"), R, V, softcap, entropy, keep=False)
+    found = largest_of_linear_logprob(_dispatch.module("linear_logprob", "cpu"), R, V, softcap, entropy, keep=False)
     assert all(V <= numel <= R * V // SHARE for numel in found)
 
 
 @pytest.mark.parametrize("entropy", [True, False])
 def test_linear_logprob_that_keeps(entropy):
     """Only the forward makes a tensor of R*V, which it keeps."""
-    found = largest_of_linear_logprob(backend_functions("linear_logprob"), R, V, None, entropy, keep=True)
+    found = largest_of_linear_logprob(_dispatch.module("linear_logprob", "cpu"), R, V, None, entropy, keep=True)
     assert found[0] == R * V and found[1] <= R * V // SHARE
 
 
@@ -93,7 +81,7 @@ def test_linear_logprob_in_triton(monkeypatch):
 
     The interpreter copies them as bytes, four for each element.
     """
-    functions = backend_functions("linear_logprob", "triton")
+    functions = _dispatch.module("linear_logprob", "triton")
     monkeypatch.setattr(functions, "LOGITS", 2**12)
     monkeypatch.setattr(functions, "COLUMNS", 256)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +96,7 @@ def test_thought_attention(way, options):
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     q, k, v, sinks = attention_inputs(seeded(0), layout, 1, 1, 4, sinks=True).values()
     rest = (layout.branches, AttentionOptions(0.5, *options, sinks))
-    functions = backend_functions("thought_attention")
+    functions = _dispatch.module("thought_attention", "cpu")
     with LargestOutput() as forward:
         out, lse = functions.thought_attention(q, k, v, *rest)
     grad_out = torch.randn(out.shape, generator=seeded(1))
@@ -124,7 +112,8 @@ def test_thought_decode(way, softcap):
     layout = ThoughtLayout.every_position(1, 400, 2, 8)
     inputs = decode_inputs(seeded(0), layout, 1, 1, 4, sinks=True)
     options = AttentionOptions(0.5, None, softcap, inputs.pop("sinks"))
+    decode = _dispatch.module("thought_decode", "cpu").thought_decode
     with LargestOutput() as largest:
-        backend_functions("thought_decode").thought_decode(*inputs.values(), *layout.branches[:2], torch.tensor(7), options)
+        decode(*inputs.values(), *layout.branches[:2], torch.tensor(7), options)
     thoughts = layout.P * layout.N
     assert thoughts <= largest.numel <= 2 * thoughts * layout.L

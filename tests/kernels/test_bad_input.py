@@ -109,6 +109,7 @@ LOGPROB = [
     ({"targets": TARGETS + 1}, "targets must be from 0 to V-1=19 or -100, got 20"),
     ({"targets": TARGETS, "banned": [6, 7]}, "targets must not hold a banned id, got 7"),
     ({"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
+    ({"keep_bytes": -1}, "keep_bytes must be an integer of at least 0, got -1"),
 ]
 
 CASES = [

@@ -171,16 +171,3 @@ def test_a_compiler_asks_a_device(asked, dynamic):
         warnings.simplefilter("error")
         assert [compiled(torch.ones(rows)).sum() for rows in (30, 40, 41)] == [30, 40, 0]
     assert len(asked) == 1
-
-
-@pytest.mark.parametrize(
-    "wrong, said",
-    [
-        ({"keep_bytes": -1}, "keep_bytes must be an integer of at least 0, got -1"),
-        ({"keep_bytes": 1e9}, "keep_bytes must be an integer of at least 0, got 1000000000.0"),
-    ],
-)
-def test_bad_input(wrong, said):
-    inputs = logprob_inputs(torch.Generator().manual_seed(0), R, D, V)
-    with pytest.raises(ValueError, match=f"^linear_logprob: {said}"):
-        linear_logprob(**inputs, **wrong)

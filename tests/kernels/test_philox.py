@@ -33,14 +33,6 @@ def test_published_answers(counter, key, result):
     assert slow_philox(words(counter), words(key)) == words(result)
 
 
-def test_random_counters_and_keys():
-    generator = torch.Generator().manual_seed(0)
-    counters = torch.randint(0, 2**32, (200, 4), generator=generator)
-    for row in counters:
-        key = torch.randint(0, 2**32, (2,), generator=generator).tolist()
-        assert [int(x) for x in philox(tuple(row[:, None]), tuple(key))] == slow_philox(row.tolist(), key)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, -1, -(2**63)])
 def test_how_counters_block_and_seed_enter(seed):
     counters = torch.tensor(
