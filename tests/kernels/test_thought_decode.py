@@ -18,7 +18,7 @@ from quietstar_kernels.testing import (
     random_layout,
 )
 from quietstar_kernels.thought_decode import _forward
-from tests.kernels.drawn import far_apart, pick, seeded, spread
+from tests.kernels.drawn import pick, seeded, spread
 
 KINDS = (*LAYOUT_KINDS, "packed")
 GROUP = 50  # random layouts in one test
@@ -91,20 +91,12 @@ def test_error_rule_on_longer_texts(backend, case, few):
         check(backend, layout, inputs, f"seed {seed} {layout} {options}", **options)
 
 
-def test_tensors_of_more_than_32_bits(backend, device, shape, interpreted):
-    shape["dtype"] = torch.float16 if interpreted else torch.bfloat16
-    layout = ThoughtLayout.every_position(3, 5, 1, 3, device=device)
-    tensors = {name: x for name, x in decode_inputs(seeded(0), layout, **shape).items() if x is not None}
-    far = dict(zip(tensors, far_apart(list(tensors.values())), strict=True))
-    want, got = (thought_decode(**x, layout=layout, step=1, backend=backend) for x in (tensors, far))
-    assert torch.equal(got, want)
-
-
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
 def test_rows_that_are_far_from_each_other(backend, device, shape, interpreted, dim):
-    """Own rows too, in the nodes above."""
+    """By more than 32 bits; batch rows of a grid, heads, rows and own rows of a tree, also those in the nodes above."""
     shape["dtype"] = torch.float16 if interpreted else torch.bfloat16
-    layout = ThoughtLayout.tree(*torch.tensor([[[0, -1]] * 2, [[-1, 0]] * 2, [[3, 3]] * 2]), text_length=5).to(device)
+    tree = ThoughtLayout.tree(*torch.tensor([[[0, -1]] * 2, [[-1, 0]] * 2, [[3, 3]] * 2]), text_length=5)
+    layout = (tree if dim else ThoughtLayout.every_position(2, 5, 1, 3)).to(device)
     tensors = {name: x for name, x in decode_inputs(seeded(0), layout, **shape).items() if x is not None}
     far = {n: spread(x, dim) if 1 < x.dim() > dim + 1 and x.shape[dim] > 1 else x for n, x in tensors.items()}
     want, got = (thought_decode(**x, layout=layout, step=1, backend=backend) for x in (tensors, far))
