@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: a grid of cases, plain and with sanitizers, and bugs that must be found."""
+"""The CUDA kernels on the CPU: a grid of cases with sanitizers, and bugs that must be found."""
 
 import subprocess
 import sys
@@ -20,8 +20,9 @@ def run_grid(kind, *parts, bug=None):
     return subprocess.run(command, env=emulated.environment(kind), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kind", emulated.KINDS)
+@pytest.mark.parametrize("kind", ["address", "thread"])
 def test_grid(kind):
+    """The plain build serves tests/kernels."""
     done = run_grid(kind)
     assert done.returncode == 0, done.stderr
 

@@ -365,7 +365,7 @@ def test_strided(backend, device, stride):
     assert torch.equal(want, got)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
 def test_opcheck(backend, device, options):
     hidden, weight, bias, counters = make(0, 5, 3, 20, bias=bool(options), device=device).values()
     temperature, banned = options.get("temperature", 1.0), list(options.get("banned", ()))
