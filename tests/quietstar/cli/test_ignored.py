@@ -49,9 +49,7 @@ def test_an_option_without_effect_is_refused(command, options, where, remedy):
         parse(COMMANDS, arguments)
     option = option_of(options[-1]).replace("_", "-")
     assert str(error.value).startswith(f"--{option} has no effect ") and where in str(error.value)
-    parse(COMMANDS, arguments[:-1])  # without it
-    if remedy is not None:
-        parse(COMMANDS, [*arguments, *remedy])
+    parse(COMMANDS, arguments[:-1] if remedy is None else [*arguments, *remedy])
 
 
 def option_of(argument):

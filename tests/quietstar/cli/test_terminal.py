@@ -118,7 +118,7 @@ def pressed(train, monkeypatch):
         with monkeypatch.context() as patch, terminal(monkeypatch, 80) as screen:
             patch.setattr(QuietStar, "count_targets", interrupted)
             code, _, _ = train("--out=run", "--save-every=4")
-        return code, screen[0], [path.name for path in places.every("run")]
+        return code, " ".join(screen[0].split()), [path.name for path in places.every("run")]
 
     return run
 
@@ -137,7 +137,8 @@ ASKS = "press Ctrl-C again to quit now and lose the steps since the last save"
 def test_a_signal_is_answered_at_once_and_a_second_one_loses_nothing(pressed, signals, says):
     code, said, saved = pressed(*signals)
     assert code == errors.SAVED and saved == ["step-000002"]
-    places = [said.index(text) for text in [*says, "stopped by a signal"]]
+    how = "continue with: quietstar train --config run/config.json --resume"
+    places = [said.index(text) for text in [*says, "stopped by a signal; saved run/checkpoints/step-000002; " + how]]
     assert places == sorted(places)
     assert said.count(STOPS) + said.count(ASKS) == len(says)
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import signal
 
 import pytest
 
@@ -108,25 +107,6 @@ def test_a_failure_in_the_middle_names_the_last_whole_checkpoint(home, train, mo
     code, _, err = train("--out=run")
     assert code == errors.RUNTIME and "No space left on device" in err[-1]
     assert err[-1].endswith("the last whole checkpoint is run/checkpoints/step-000002")
-
-
-@pytest.mark.long
-def test_a_signal_says_how_to_go_on(home, quietstar, trained, monkeypatch):
-    losses = [json.loads(line)["loss"] for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
-    count_targets = QuietStar.count_targets
-
-    def terminated(*arguments, **options):
-        signal.raise_signal(signal.SIGTERM)
-        return count_targets(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(QuietStar, "count_targets", terminated)
-        code, _, err = quietstar("train", "--config=run/config.json", "--out=stopped")
-    assert code == errors.SAVED and "stopped by a signal; saved stopped/checkpoints/step-000001" in err[-1]
-    program, *again = shlex.split(err[-1].partition("continue with: ")[2])
-    assert program == "quietstar" and quietstar(*again)[0] == 0
-    metrics = [json.loads(line) for line in (home / "stopped" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in metrics] == losses
 
 
 def test_a_preset_sets_options_of_training_too():

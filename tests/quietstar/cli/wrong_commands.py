@@ -93,7 +93,7 @@ HOSTILE_YAML = {
     "tabs": "a:\t- b\n\t- c",
 }
 VALUES = [None, True, -1, 0, 2**63, 10**30, 1e308, float("nan"), "", "x", "\ud800", "a" * 10**5]
-VALUES += [[], {}, [None], {"x": 1}, [[[]]]]
+VALUES += [[], {}, [None], {"x": 1}, [[[]]], "/dev/zero"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +141,8 @@ def line_of(command: str, options: dict[str, str]) -> tuple[str, ...]:
 
 
 def hostile_value(choose: random.Random, name: str, kind: str) -> str:
-    if name in FILES:
+    if name in FILES | FOLDERS:
         return choose.choice(PATHS + [f"hostile/{x}" for x in os.listdir("hostile")])
-    if name in FOLDERS:
-        return choose.choice(PATHS + [f"models/{x}" for x in os.listdir("models")] * 2)
     if name in OUT:
         return choose.choice(WRITTEN)
     if kind == "int":
@@ -191,14 +189,10 @@ READ: dict[str, tuple[str, ...]] = {
     "solver/tokenizer.json": line_of("star", GOOD["star"]),
     "text.jsonl": line_of("train", GOOD["train"] | {"data": "text.jsonl"}),
     "thoughts.jsonl": line_of("train", GOOD["train"] | {"data": "few.txt", "thoughts_from": "thoughts.jsonl", "thoughts": "1"}),
-    "thoughts.parquet": line_of(
-        "train", GOOD["train"] | {"data": "few.txt", "thoughts_from": "thoughts.parquet", "thoughts": "1"}
-    ),
     "questions.jsonl": line_of("ask", GOOD["ask"]),
     "problems.jsonl": line_of("solve", GOOD["solve"] | {"task": "gsm8k", "data": "problems.jsonl", "model": "model"}),
     "choices.jsonl": line_of("solve", GOOD["solve"] | {"task": "csqa", "data": "choices.jsonl", "model": "model"}),
     "options.json": ("train", "--config=options.json", "--out=new"),
-    "options.yaml": ("train", "--config=options.yaml", "--out=new"),
     "run/config.json": ("train", "--config=run/config.json", "--resume"),
     "run/checkpoints/step-000001/run.json": ("train", "--config=run/config.json", "--resume"),
     "run/checkpoints/step-000001/manifest.json": ("train", "--config=run/config.json", "--resume"),
@@ -279,20 +273,18 @@ def make_template(folder: Path, model: Any, tokenizer: Any) -> None:
         (folder / name).write_text("".join(json.dumps(x) + "\n" for x in values), encoding="utf-8")
     options = {name: value for name, value in GOOD["train"].items() if name != "out"}
     whole = {"text.txt": "\n\n".join(texts), "few.txt": "\n\n".join(texts[:6]), "options.json": json.dumps(options, indent=2)}
-    for name, content in (whole | {"options.yaml": "".join(f"{x}: {y}\n" for x, y in options.items())}).items():
+    for name, content in whole.items():
         (folder / name).write_text(content, encoding="utf-8")
     (folder / "folder" / "within").mkdir(parents=True)
     (folder / "folder.jsonl").mkdir()
     _write_hostile_files(folder / "hostile")
-    _write_hostile_models(folder / "models", folder / "model")
 
 
 def make_runs(run: typing.Callable[[list[str]], None]) -> None:
     """Runs and exports in a folder of ``make_template``; ``run`` runs a command, which must succeed."""
-    for command, out in (("export", "thoughts.jsonl"), ("export", "thoughts.parquet"), ("train", "run"), ("star", "star")):
+    made = {"export": "thoughts.jsonl", "train": "run", "star": "star", "internalize": "icot", "fast": "fast"}
+    for command, out in made.items():
         run(list(line_of(command, GOOD[command] | {"out": out})))
-    run(list(line_of("internalize", GOOD["internalize"] | {"out": "icot"})))
-    run(list(line_of("fast", GOOD["fast"] | {"out": "fast"})))
 
 
 def _write_hostile_files(folder: Path) -> None:
@@ -307,33 +299,10 @@ def _write_hostile_files(folder: Path) -> None:
             (folder / f"{name}.{suffix}").write_bytes(content)
 
 
-def _write_hostile_models(folder: Path, good: Path) -> None:
-    config = json.loads((good / "config.json").read_text(encoding="utf-8"))
-    wrong = {"hidden_size": "x", "vocab_size": -1, "num_hidden_layers": 10**30, "num_attention_heads": 0, "head_dim": []}
-    wrong |= {"model_type": 3, "architectures": "x", "rope_parameters": [], "torch_dtype": 5, "hidden_act": {}}
-    wrong |= {"auto_map": {"AutoModelForCausalLM": "x.y"}}
-    damages = {
-        ("config.json", f"{name} is {str(value)[:9]}"): json.dumps(config | {name: value}) for name, value in wrong.items()
-    }
-    for file in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "model.safetensors"):
-        for name in ("nothing", "null", "list", "text", "object", "deep lists", "cut", "surrogate"):
-            damages[file, name] = HOSTILE_JSON[name]
-    for (file, name), text in damages.items():
-        shutil.copytree(good, folder / f"{file}, {name}")
-        (folder / f"{file}, {name}" / file).write_text(text, encoding="utf-8")
-    for file in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copytree(good, folder / f"no {file}")
-        (folder / f"no {file}" / file).unlink()
-        shutil.copytree(good, folder / f"folder {file}", ignore=shutil.ignore_patterns(file))
-        (folder / f"folder {file}" / file).mkdir()
-
-
 def make_folder(template: Path, folder: Path) -> None:
     """A copy of the template with links and pipes."""
-    shared = ("models", "hostile")
-    shutil.copytree(template, folder, ignore=shutil.ignore_patterns(*shared))
-    for name in shared:
-        (folder / name).symlink_to(template / name)
+    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("hostile"))
+    (folder / "hostile").symlink_to(template / "hostile")
     for name in ("loop", "loop.jsonl"):
         (folder / name).symlink_to(name)
     (folder / "dangling").symlink_to("nowhere")
