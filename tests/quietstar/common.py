@@ -1,6 +1,9 @@
 """What many of these tests do: texts, a step with its gradients, and a short run."""
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import TrainConfig
@@ -55,6 +58,14 @@ def sequential_logits(model, layout, ids):
     return torch.cat(logits, 1)
 
 
+def drawn_from(qs, text, think):
+    """Log-probabilities [V] of the token after the text, as generation has them."""
+    ids = torch.tensor([text])
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
+    out = qs.generate(ids, torch.ones_like(ids), max_new_tokens=1, think=think, pad_token_id=0, **options)
+    return out.logits[0][0].log_softmax(-1)
+
+
 def kept_for_backward(qs, *inputs, **options):
     """Bytes that a forward keeps for its backward, without the weights."""
     weights = {x.untyped_storage().data_ptr() for x in [*qs.parameters(), *qs.buffers()]}
@@ -70,6 +81,22 @@ def kept_for_backward(qs, *inputs, **options):
         out = qs(*inputs, **options)
     assert out.loss.requires_grad
     return sum(size for size, _ in sizes.values())
+
+
+class Peak(TorchDispatchMode):
+    """``bytes``: the most that tensors took at once, those that were there before left out."""
+
+    def __init__(self, *before):
+        super().__init__()
+        self.before, self.alive, self.bytes = {StorageWeakRef(x.untyped_storage()) for x in before}, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storages = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.alive |= {StorageWeakRef(x): x.nbytes() for x in storages}
+        self.alive = {x: size for x, size in self.alive.items() if x not in self.before and not x.expired()}
+        self.bytes = max(self.bytes, sum(self.alive.values()))
+        return result
 
 
 def short_run(qs, data, out, resume=None, loss=thought_loss, evaluate=None, evaluate_first=False, **changes):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from safetensors.torch import load_file, save_file
+
 
 def checksum(settings):
     """What quietstar.json says of itself."""
@@ -21,3 +23,16 @@ def sign(folder, settings=None):
     if "checksum" in settings:
         settings["checksum"] = checksum(settings)
     path.write_text(json.dumps(settings))
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change(file, **tensors):
+    """Tensors are replaced by what functions make of them, or left out."""
+    found = load_file(file)
+    for name, function in tensors.items():
+        found[name] = function(found.pop(name, None))
+    kept = {name: x.contiguous() for name, x in found.items() if x is not None}
+    save_file(kept, file, metadata={"format": "pt"})

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import quietstar
 from quietstar.checkpoints import native as checkpoint
 from quietstar.checkpoints.pretrained import load_model
-from tests.quietstar.checkpoints.signing import sign
+from tests.quietstar.checkpoints.signing import change, edit, sign
 from tests.quietstar.common import step, text, wrap
 
 CONFIG = quietstar.ThoughtConfig(thought_tokens=3, lookahead=2, policy_weight=5.0)
@@ -87,19 +87,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(qs, saved, monkeypatch):
         qs.save_pretrained(saved)
     assert torch.equal(quietstar.QuietStar.from_pretrained(saved)(IDS, seed=1).loss, want)
     assert os.listdir(saved.parent) == ["model"]
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def change(file, **tensors):
-    """Tensors are replaced by what functions make of them, or left out."""
-    found = load_file(file)
-    for name, function in tensors.items():
-        found[name] = function(found.pop(name))
-    kept = {name: x.contiguous() for name, x in found.items() if x is not None}
-    checkpoint.save_file(kept, file, metadata={"format": "pt"})
 
 
 def flip(file):

@@ -5,7 +5,7 @@ import torch
 
 from quietstar.evaluation import scoring
 from quietstar.evaluation.scoring import score_tokens
-from tests.quietstar.common import wrap
+from tests.quietstar.common import drawn_from, wrap
 
 TEXTS = [[5, 9, 33, 4, 17, 60, 8], [40, 3, 3, 22]]
 PLACES = [[1, 3, 4, 6], [2, 3]]
@@ -14,14 +14,6 @@ PLACES = [[1, 3, 4, 6], [2, 3]]
 @pytest.fixture(params=["official", "paper"])
 def qs(tiny, request):
     return wrap(tiny("llama"), thoughts=2, thought_tokens=3, lookahead=2, preset=request.param).eval()
-
-
-def drawn_from(qs, text, think):
-    """Log-probabilities [V] of the token after the text, as generation has them."""
-    ids = torch.tensor([text])
-    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
-    out = qs.generate(ids, torch.ones_like(ids), max_new_tokens=1, think=think, pad_token_id=0, **options)
-    return out.logits[0][0].log_softmax(-1)
 
 
 @pytest.mark.parametrize("think", ["always", "never", 3.5])

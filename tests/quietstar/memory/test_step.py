@@ -6,9 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.hf import lm_head
@@ -18,7 +15,7 @@ from quietstar.thinking import chunks
 from quietstar_kernels import linear_logprob
 from quietstar_kernels._options import Head, Saved
 from quietstar_kernels.cpu import _head
-from tests.quietstar.common import kept_for_backward, text
+from tests.quietstar.common import Peak, kept_for_backward, text
 
 THOUGHTS = ThoughtConfig(thoughts=2, thought_tokens=4, lookahead=3)
 B, L = 2, 16
@@ -74,22 +71,6 @@ def test_rows_of_the_head_are_those_of_a_real_step(tiny, mixing, chunk, monkeypa
 
 
 V, D = 32768, 4096
-
-
-class Peak(TorchDispatchMode):
-    """``bytes``: the most that tensors took at once, those that were there before left out."""
-
-    def __init__(self, *before):
-        super().__init__()
-        self.before, self.alive, self.bytes = {StorageWeakRef(x.untyped_storage()) for x in before}, {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        storages = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.alive |= {StorageWeakRef(x): x.nbytes() for x in storages}
-        self.alive = {x: size for x, size in self.alive.items() if x not in self.before and not x.expired()}
-        self.bytes = max(self.bytes, sum(self.alive.values()))
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

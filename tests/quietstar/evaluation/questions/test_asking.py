@@ -14,7 +14,7 @@ from quietstar.cli import main as cli
 from quietstar.evaluation.questions import asking
 from quietstar.evaluation.questions.asking import Asking, ask, prompt, scored_answers
 from quietstar.evaluation.questions.reading import Question
-from tests.quietstar.common import wrap
+from tests.quietstar.common import drawn_from, wrap
 
 LETTERS = {"A": "bank", "B": "library", "C": "store"}
 WHERE = Question("Where?", LETTERS, "B", "B")
@@ -31,20 +31,12 @@ def qs(tiny, byte_tokenizer, request):
     return wrap(model, byte_tokenizer, thought_tokens=3, lookahead=2, preset=getattr(request, "param", "official")).eval()
 
 
-def drawn_from(qs, ids, think):
-    """Probabilities [V] of the next token, as generation has them."""
-    text = torch.tensor([ids])
-    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
-    out = qs.generate(text, torch.ones_like(text), max_new_tokens=1, think=think, pad_token_id=0, **options)
-    return out.logits[0][0].softmax(-1)
-
-
 def published(qs, text, think, kept, first):
     """The product in the published compute_metrics over the answer in a text; the answer's tokens start at ``first``."""
     ids, product = qs.tokenizer(text)["input_ids"], 1.0
     for j in range(first - 1, len(ids) - 1):
         if ids[j + 1] in kept:
-            p = drawn_from(qs, ids[: j + 1], think)
+            p = drawn_from(qs, ids[: j + 1], think).exp()
             product *= float(p[ids[j + 1]] / p[kept].sum())
     return product
 
