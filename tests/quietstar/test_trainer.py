@@ -234,32 +234,26 @@ def test_what_is_refused(tmp_path):
 
 def test_empty_and_short_texts(tmp_path):
     """They change no figure of the others, and a step of them alone is said."""
-    found = []
-    for more in ([], [{"input_ids": []}, {"input_ids": [3]}, {"input_ids": []}]):
-        trainer = make_trainer(tmp_path, make_qs(), max_steps=1, per_device_train_batch_size=8)
-        trainer.train_dataset = trainer.eval_dataset = [*rows(4), *more]
-        trainer.train()
-        assert all(loss[0] > 0 for loss in logged(trainer, "loss"))
-        figures = make_trainer(tmp_path, make_qs())
-        figures.eval_dataset = trainer.eval_dataset
-        found.append([figures.evaluate()[f"eval_{name}"] for name in ("loss", "base")])
-    torch.testing.assert_close(found[1:], found[:1])
-    for nothing in ({"input_ids": []}, {"input_ids": [3, 4, 5, 6, 7], "labels": [-100] * 5}):
-        trainer = make_trainer(tmp_path, make_qs(), max_steps=1)
+    trainer, found = make_trainer(tmp_path, make_qs(), max_steps=1, per_device_train_batch_size=8, save_strategy="no"), []
+    short = [{"input_ids": []}, {"input_ids": [3]}, {"input_ids": []}]
+    for texts in (rows(4), [*rows(4), *short]):
+        figures = trainer.evaluate(texts)
+        found.append([figures[f"eval_{name}"] for name in ("loss", "base")])
+    torch.testing.assert_close(found[1], found[0])
+    trainer.train_dataset = [*rows(4), *short]
+    trainer.train()
+    assert all(loss[0] > 0 for loss in logged(trainer, "loss"))
+    for nothing in (short[0], {"input_ids": [3, 4, 5, 6, 7], "labels": [-100] * 5}):
         trainer.train_dataset = [nothing] * 4
         with pytest.warns(UserWarning, match="no token of a step was to be predicted: every label is -100"):
             trainer.train()
 
 
-def test_a_checkpoint_without_the_state_of_the_optimizer_is_said(tmp_path):
-    make_trainer(tmp_path, make_qs(), max_steps=2, save_only_model=True).train()
-    with pytest.warns(UserWarning, match=r"checkpoint-2 has no state of the optimizer \(save_only_model=True\)"):
-        make_trainer(tmp_path, make_qs(), max_steps=3).train(resume_from_checkpoint=True)
-
-
-def test_steps_that_are_too_large_are_warned_about(tmp_path):
+def test_what_is_warned_about(tmp_path):
     with pytest.warns(UserWarning, match=r"ThoughtTrainer: a policy_weight of 1e\+06 .* with 0.01 the loss may explode"):
-        make_trainer(tmp_path, make_qs(policy_weight=1e6), max_steps=1).train()
+        make_trainer(tmp_path, make_qs(policy_weight=1e6), max_steps=1, save_steps=1, save_only_model=True).train()
+    with pytest.warns(UserWarning, match=r"checkpoint-1 has no state of the optimizer \(save_only_model=True\)"):
+        make_trainer(tmp_path, make_qs(policy_weight=1e6), max_steps=2).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.long

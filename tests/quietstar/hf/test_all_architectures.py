@@ -35,11 +35,15 @@ def test_tables_of_the_docs(mark):
     assert shown == everything.tables()[mark]
 
 
+SOME = ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox"]  # the last has a share of rotary channels
+
+
+@pytest.mark.parametrize("types", [SOME, pytest.param(sorted({*everything.TYPES} - {*REFUSED}), marks=pytest.mark.long)])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_older_names_in_a_config_change_nothing(scaled, tmp_path):
+def test_older_names_in_a_config_change_nothing(types, scaled, tmp_path):
     """transformers reads what it wrote of rotary embeddings, for every type, also with the names that ``save_model`` adds."""
     named = []
-    for model_type in sorted({*everything.TYPES} - {*REFUSED}):
+    for model_type in types:
         config = everything.tiny_config(model_type)
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         for part in [rope] if "rope_theta" in rope else filter(None, rope.values()):
@@ -56,7 +60,7 @@ def test_older_names_in_a_config_change_nothing(scaled, tmp_path):
                 named += [model_type] * (part.get("rope_theta") == 12345.0 and ("rope_scaling" in part) == scaled)
         loaded = AutoConfig.from_pretrained(folder).get_text_config()
         assert getattr(loaded, "rope_parameters", None) == getattr(saved, "rope_parameters", None), model_type
-    assert {"llama", "qwen3", "mistral"} <= {*named} and len({*named}) > 50 and "gemma3_text" not in named
+    assert {"llama", "qwen3", "mistral"} <= {*named} and "gemma3_text" not in named and (types is SOME or len({*named}) > 50)
 
 
 @pytest.mark.parametrize("model_type", [pytest.param("nemotron", marks=pytest.mark.long), "stablelm"])

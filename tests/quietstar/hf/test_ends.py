@@ -16,7 +16,7 @@ from tests.quietstar.conftest import make_byte_tokenizer
 ENDS = ("<|eot|>", "<|im_end|>", "<|call|>")
 TEMPLATE = "{% for x in messages %}{{ x.role }}\n{{ x.content }}END\n{% endfor %}"
 # Ends of the generation config, and of the chat template.
-SOURCES = [(own, turn) for own in (None, ENDS[:1], ENDS[::-1]) for turn in (None, ENDS[1])]
+SOURCES = [(None, ENDS[1]), (ENDS[:1], None), (ENDS[::-1], ENDS[1])]
 
 
 @pytest.fixture(scope="module")

@@ -134,25 +134,21 @@ REASONS = {
     "compiled": (lambda qs: qs.compile(backend="eager"), "model is compiled"),
     "offloaded": (offloaded, "accelerate moves the weights of LlamaForCausalLM"),
     "two devices": (lambda qs: qs.model.lm_head.to("meta"), "the model is on 2 devices"),
+    "a global hook": (lambda qs: None, "there are global module hooks, which a replay would not call"),
 }
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_reasons(wrap, caplog, case):
+def test_reasons(wrap, caplog, monkeypatch, case):
     change, reason = REASONS[case]
     qs = wrap()
     change(qs)
+    if case == "a global hook":
+        monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, 0, print)
     for _ in range(2):
         assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is None
     assert qs._graphs.why == reason
     assert logged(caplog) == [f"thoughts run without CUDA graphs: {reason}"]
-
-
-def test_a_global_hook(wrap, monkeypatch):
-    monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, 0, print)
-    qs = wrap()
-    assert qs._graphs.runner(qs.model, qs.thinker.device).graphs is None
-    assert qs._graphs.why == "there are global module hooks, which a replay would not call"
 
 
 def test_chunks_of_anchors_use_no_graph(wrap):
