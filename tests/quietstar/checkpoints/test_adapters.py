@@ -94,19 +94,6 @@ def test_pickled_adapters_are_not_read(saved):
         load_model(saved, allow_bin=True)
 
 
-def test_a_merged_model_is_an_ordinary_checkpoint(qs, tmp_path):
-    want = qs(IDS, seed=4)
-    qs.merge_adapters()
-    qs.save_pretrained(tmp_path / "merged")
-    again = quietstar.QuietStar.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(again(IDS, seed=4).nll_mix, want.nll_mix, rtol=1e-4, atol=1e-4)
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(alone(IDS).logits, again.model(IDS).logits) and not adapters.there(alone)
-    assert all(weight.requires_grad for weight in again.parameters())
-    with pytest.raises(ValueError, match="merge_adapters: the model has no adapters"):
-        again.merge_adapters()
-
-
 DATA = texts_of([7 + i % 3 for i in range(5)])
 
 
@@ -156,28 +143,17 @@ def test_the_command_line(tiny, base, byte_tokenizer, tmp_path, monkeypatch, cap
     byte_tokenizer.save_pretrained(base)
     tiny("llama", vocab_size=257).save_pretrained(base)
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} has a few words." for i in range(20)))
-    small = [
-        "--length=16",
-        "--steps=2",
-        "--batch-size=2",
-        "--thoughts=2",
-        "--thought-tokens=2",
-        "--lookahead=2",
-        "--held-out=0",
-    ]
-    options = ["train", "--model=base", "--data=text.txt", "--out=run", "--lora-rank=2", "--lora-targets=q_proj,v_proj", *small]
+    small = ["--data=text.txt", "--length=16", "--steps=2", "--batch-size=2", "--thoughts=2", "--thought-tokens=2"]
+    small += ["--lookahead=2", "--held-out=0"]
+    options = ["train", "--model=base", "--out=run", "--lora-rank=2", "--lora-targets=q_proj,v_proj", *small]
     assert cli.main(options) == 0
     assert not list((tmp_path / "run").rglob("model.safetensors"))
     assert cli.main([*options, "--resume", "--lora-rank=3"]) == cli.DATA
     assert "has lora_rank=2, not 3" in capsys.readouterr().err
-    assert cli.main([*options, "--resume"]) == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from another folder
-    assert cli.main(["generate", "--model=../run", "--prompt=Hello", "--max-new-tokens=3"]) == 0
     compiled = []
     monkeypatch.setattr(quietstar.QuietStar, "compile", lambda qs: compiled.append(qs))
-    more = ["train", "--model=../run", "--data=../text.txt", "--out=more", "--compile", *small]
-    assert cli.main([*more, "--gradient-checkpointing", "--optimizer=fused"]) == 0
+    more = ["train", "--model=run", "--out=more", "--compile", "--gradient-checkpointing", "--optimizer=fused", *small]
+    assert cli.main(more) == 0
     assert len(compiled) == 1 and adapters.there(compiled[0].model)
-    assert cli.main(["train", "--model=../run", "--data=../text.txt", "--out=else", "--lora-rank=2", *small]) == cli.DATA
+    assert cli.main(["train", "--model=run", "--out=else", "--lora-rank=2", *small]) == cli.DATA
     assert "already has adapters" in capsys.readouterr().err

@@ -39,10 +39,7 @@ def test_a_run_describes_itself(run):
 def test_eval_measures_what_the_run_held_out(home, run, quietstar):
     code, out, err = quietstar("eval", "--model=run")
     assert code == 0 and not err, err
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     figures = report(home)
-    for name in ("base", "mixed", "gain", "texts", "tokens"):
-        assert figures[name] == pytest.approx(last[f"eval_{name}"], abs=1e-6)
     assert figures["texts"] == 5 and figures["length"] == 24 and "5 texts held out" in out
     quietstar("eval", "--model=run")
     assert report(home) == figures and report(home, "run/eval-step-000004-2.json").keys() == figures.keys()
@@ -167,7 +164,7 @@ def test_typed_options_win_and_what_differs_is_printed(home, run, quietstar):
     assert "not as in run: length 16 instead of 24" in out.splitlines() + err
 
 
-def test_a_run_does_not_continue_on_changed_thoughts(home, trained, train, quietstar):
+def test_a_run_does_not_continue_on_changed_thoughts_or_with_another_tokenizer(home, trained, train, quietstar):
     data = ("--data=text.txt", "--length=16", "--held-out=4")
     assert quietstar("export", "--model=run", "--out=thoughts.jsonl", *data)[0] == 0
     options = ("--out=on", "--thoughts-from=thoughts.jsonl", "--eval-every=0")
@@ -179,9 +176,6 @@ def test_a_run_does_not_continue_on_changed_thoughts(home, trained, train, quiet
     (home / "thoughts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = train(*options, "--steps=2", "--resume")
     assert code == errors.DATA and "thoughts.jsonl has changed since the run began" in err[-1]
-
-
-def test_a_run_does_not_continue_with_another_tokenizer(home, trained, train):
     tokenizer = home / "model" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
     vocabulary = content["model"]["vocab"]

@@ -184,16 +184,3 @@ def test_the_loop_of_the_page_runs(folder, capsys, commands):
     assert sampled == 8 * 6 * 29 == number + sum(int(line.replace(",", "").split()[0]) for line in reasons)
     records = [json.loads(line) for line in (folder / out).read_text().splitlines()]
     assert sum(len(record["anchors"]) for record in records) == number > 0
-
-
-@pytest.mark.parametrize(
-    "wrong, code, message",
-    [
-        (["--keep=4", "--thoughts=3"], cli.DATA, "keep must be at most N=3, the thoughts that are sampled at an anchor, got 4"),
-        (["--thoughts=0"], cli.USAGE, "--thoughts must be 1 or more, got 0"),
-        (["--max-length=5"], cli.USAGE, "--max-length has no effect without --keep"),
-    ],
-)
-def test_wrong_options_are_refused(folder, capsys, wrong, code, message):
-    assert cli.main(["export", "--model=runs/first", "--data=text.jsonl", "--length=16", "--out=a.jsonl", *wrong]) == code
-    assert message in capsys.readouterr().err and not (folder / "a.jsonl").exists()

@@ -9,8 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import quietstar
 from quietstar.hf.graphs import Graphs
+from tests.quietstar.common import wrap
 
 # Ways to read a tensor that bypass PyTorch's dispatcher when the tensor is on the CPU.
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.data_ptr, Tensor.untyped_storage}
@@ -72,9 +72,8 @@ class RecordedGraphs:
                 for func, args, kwargs, out in recording.steps:
                     again = func(*args, **kwargs)
                     for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                        if isinstance(old, Tensor) and not storages(old) & storages(
-                            new
-                        ):  # otherwise it is a view or was changed in place
+                        # Otherwise it is a view or was changed in place.
+                        if isinstance(old, Tensor) and not storages(old) & storages(new):
                             old.copy_(new)
 
         with torch.no_grad():  # so that the capture's results can't be mistaken for a replay's
@@ -85,9 +84,7 @@ class RecordedGraphs:
 
 def with_recorded_graphs(model, **changes):
     """A QuietStar around a model, with changes to its config."""
-    qs = quietstar.QuietStar(model, quietstar.ThoughtConfig(**{"lookahead": 2, **changes}), verify=False).train()
-    with torch.no_grad():
-        qs.mixing_head[4].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
+    qs = wrap(model, lookahead=2, **changes).train()
     qs._graphs = Graphs(RecordedGraphs())
     return qs
 

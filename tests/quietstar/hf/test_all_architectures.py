@@ -11,7 +11,7 @@ from transformers import AutoConfig
 import quietstar
 from quietstar.checkpoints import pretrained
 from quietstar.hf.architectures import REFUSED, check_architecture, most_rows
-from tests.quietstar.common import assert_same_gradients, step
+from tests.quietstar.common import assert_same_gradients, step, wrap
 from tests.quietstar.hf import all_architectures as everything
 
 
@@ -68,11 +68,8 @@ def test_a_dropped_layout_reaches_attention_whenever_layers_are_computed_again(m
     """Under gradient checkpointing, and in chunks: the text's layers are computed again after those of every chunk, and must
     not find the last chunk's layout, nor may a plain call."""
     ids = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(0))
-    config = quietstar.ThoughtConfig(thought_tokens=2, lookahead=2, policy_weight=5.0, embedding_scale=1.0)
-    torch.manual_seed(0)
-    qs = quietstar.QuietStar(everything.tiny_model(model_type), config).train()
-    torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2)
-    found = []
+    fields = {"thought_tokens": 2, "lookahead": 2, "policy_weight": 5.0, "embedding_scale": 1.0}
+    qs, found = wrap(everything.tiny_model(model_type), spread=0.2, **fields).train(), []
     for qs.anchor_chunk in (None, None, 3):
         found.append(step(qs, ids, seed=1)[1])
         assert_same_gradients(found[-1], found[0])

@@ -120,6 +120,8 @@ def test_merging_changes_no_number(tiny, tmp_path, targets):
                 weight.add_(0.1 * torch.randn(weight.shape))
         want = qs.model(ids).logits
         qs.merge_adapters()
+        with pytest.raises(ValueError, match="merge_adapters: the model has no adapters"):
+            qs.merge_adapters()
         assert (want - bare).abs().max() > 0.1
         torch.testing.assert_close(qs.model(ids).logits, want, rtol=1e-4, atol=1e-4)
     loss, again = saved_loss(qs, ids, tmp_path)

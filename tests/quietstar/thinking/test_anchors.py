@@ -129,20 +129,6 @@ def test_the_gates_loss_is_the_formula(thinker):
     assert not any(x.grad is not None and x.grad.abs().max() > 1e-6 for name, x in qs.named_parameters() if name[:5] != "gate.")
 
 
-@pytest.mark.parametrize("cost", [5.0, -5.0])
-def test_a_gate_closes_where_thinking_costs_more_than_it_earns(thinker, cost):
-    qs, ids = thinker("gate", gate_cost=cost, anchor_share=0.5), text(3)
-    optimizer = torch.optim.Adam(qs.gate.parameters(), lr=0.3)
-    before = qs.choose_anchors(ids, seed=0)
-    for seed in range(8):
-        optimizer.zero_grad()
-        qs(ids, seed=seed).loss.backward()
-        optimizer.step()
-    after = qs.choose_anchors(ids, seed=0)
-    change = (after >= 0).sum() - (before >= 0).sum()
-    assert change <= -8 if cost > 0 else change >= 8
-
-
 def test_a_text_with_nowhere_to_think(thinker):
     qs = thinker("every", anchor_stride=50)
     out = qs(text(3), seed=0)
