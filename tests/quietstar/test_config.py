@@ -43,18 +43,14 @@ def test_every_registered_choice_is_accepted_and_explained(registry, name):
     ("changes", "message"),
     [
         ({"thoughts": 0}, "thoughts must be 1 to 65,535, got 0"),
-        ({"thoughts": 2.0}, "thoughts must be an integer, got 2.0"),
         ({"policy_temperature": math.nan}, "policy_temperature must be a finite number, got nan"),
         ({"embedding_init": 1.5}, "embedding_init must be an integer or text or None, got 1.5"),
         ({"preset": "best"}, "preset must be one of official, paper, small, lora, rlp, grlp, rpt, got 'best'"),
-        ({"preset": ["x"]}, r"preset must be one of official, paper, small, lora, rlp, grlp, rpt, got \['x'\]"),
         ({"policy_temperature": 3.41e38}, r"policy_temperature must be above 0, 3.40e\+38 at most, got 3.41e\+38"),
         ({"stop_threshold": 0.5}, "end_token_id must be given where a thought stops"),
         ({"advantage": "best"}, "advantage must be one of"),
         ({"thoughts": 1, "preset": "paper"}, "thoughts must be at least 2"),
-        ({"clip": math.inf}, "TrainConfig: clip must be a finite number, got inf"),
         ({"seed": -1}, "TrainConfig: seed must be 0 to .*, got -1"),
-        ({"schedule": ["linear"]}, r"TrainConfig: schedule must be text, got \['linear'\]"),
         ({"out": "\ud800"}, "TrainConfig: out must be valid Unicode"),
     ],
 )

@@ -85,16 +85,6 @@ def test_the_ratio_corrects_for_thoughts_of_an_older_policy():
     torch.testing.assert_close(expected_gradient(loss, LOGITS, 1, OTHER), -softmax_gradient(REWARD, LOGITS))
 
 
-def test_tokens_past_the_clip_range_have_no_gradient():
-    """A token that is already more likely by more than eps is not pushed up, nor a rarer one down; the others are."""
-    eps, ratio = 0.2, p_of(LOGITS) / p_of(OTHER)
-    stopped = (REWARD > 0) & (ratio > 1 + eps) | (REWARD < 0) & (ratio < 1 - eps)
-    assert stopped.tolist() == [True, True, False]
-    loss = family("clipped", lambda reward: reward, old_logprob=OTHER.log_softmax(-1), ratio_clip=(eps, eps))
-    expected = torch.autograd.functional.jacobian(p_of, LOGITS).T @ torch.where(stopped, 0, REWARD)
-    torch.testing.assert_close(expected_gradient(loss, LOGITS, 1, OTHER), -expected)
-
-
 def whole_thoughts(T, N, term, **given):
     """Expected gradient of a term over thoughts of T tokens, each drawn given the one before; parameters [V+1,V]."""
     table = torch.randn(V + 1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()

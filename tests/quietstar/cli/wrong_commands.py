@@ -178,15 +178,10 @@ def wrong_lines(seed: int, count: int, commands: typing.Sequence[str]) -> list[A
     return attacks
 
 
-# Files that the commands read, and a command that reads them.
+# Files that the commands read, and a command that reads them; checkpoints/test_damage.py has all of checkpoints.
 READ: dict[str, tuple[str, ...]] = {
     "model/config.json": line_of("train", GOOD["train"]),
     "model/tokenizer.json": line_of("train", GOOD["train"]),
-    "model/tokenizer_config.json": line_of("train", GOOD["train"]),
-    "model/generation_config.json": line_of("fast", GOOD["fast"]),
-    "model/model.safetensors": line_of("train", GOOD["train"]),
-    "solver/config.json": line_of("solve", GOOD["solve"]),
-    "solver/tokenizer.json": line_of("star", GOOD["star"]),
     "text.jsonl": line_of("train", GOOD["train"] | {"data": "text.jsonl"}),
     "thoughts.jsonl": line_of("train", GOOD["train"] | {"data": "few.txt", "thoughts_from": "thoughts.jsonl", "thoughts": "1"}),
     "questions.jsonl": line_of("ask", GOOD["ask"]),
@@ -194,12 +189,8 @@ READ: dict[str, tuple[str, ...]] = {
     "choices.jsonl": line_of("solve", GOOD["solve"] | {"task": "csqa", "data": "choices.jsonl", "model": "model"}),
     "options.json": ("train", "--config=options.json", "--out=new"),
     "run/config.json": ("train", "--config=run/config.json", "--resume"),
-    "run/checkpoints/step-000001/run.json": ("train", "--config=run/config.json", "--resume"),
-    "run/checkpoints/step-000001/manifest.json": ("train", "--config=run/config.json", "--resume"),
-    "run/checkpoints/step-000001/quietstar.json": line_of("think", GOOD["think"] | {"model": "run"}),
     "run/metrics.jsonl": ("train", "--config=run/config.json", "--resume"),
     "thinker/quietstar.json": line_of("think", GOOD["think"]),
-    "thinker/config.json": line_of("explain", GOOD["explain"]),
     "star/recipe.json": line_of("star", GOOD["star"] | {"out": "star", "resume": "auto"}),
     "star/round-00/report.json": line_of("star", GOOD["star"] | {"out": "star", "resume": "auto", "rounds": "2"}),
     "star/metrics.jsonl": line_of("star", GOOD["star"] | {"out": "star", "resume": "auto", "rounds": "2"}),
