@@ -82,6 +82,15 @@ def make_byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
 
 
+def sentence_pieces(*pieces):
+    """As SentencePiece's with fallback to bytes: a token for each of the 256 bytes, <unk>, and these."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), "<unk>", *pieces]
+    bpe = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(names)}, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>" if "<s>" in pieces else None, unk_token="<unk>")
+
+
 @pytest.fixture
 def byte_tokenizer():
     """A token for each of the 256 bytes, from id 1, and <end>, 0."""

@@ -159,7 +159,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("calls, seed", [pytest.param(5, 0, id="5"), pytest.param(150, 1, id="150", marks=pytest.mark.long)])
+@pytest.mark.parametrize("calls, seed", [pytest.param(5, 0, id="5"), pytest.param(80, 1, id="80", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", TARGETS)
 def test_hostile_calls(name, calls, seed, world, record_property, monkeypatch):
     monkeypatch.chdir(world.folder)

@@ -260,29 +260,18 @@ def test_what_a_stock_trainer_writes_is_refused_with_a_remedy(tmp_path):
             make_trainer(tmp_path, make_qs()).train(resume_from_checkpoint=str(path))
 
 
-@pytest.fixture
-def sums():
-    """``(tokenizer, data)``: sums in words, as prompts and completions."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(["<pad>", "<end>", *map(str, range(30))])}, unk_token="<pad>")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-    return tokenizer, Dataset.from_list([{"prompt": f"{i} {i + 1} ", "completion": f"{2 * i + 1} 7"} for i in range(8)])
-
-
 @pytest.mark.long
-def test_sft(tmp_path, sums, fresh_accelerate):  # in bf16, which is SFTConfig's default
+def test_sft(tmp_path, fresh_accelerate):  # in bf16, which is SFTConfig's default
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from tests.quietstar.group_rl.trainers import number_tokenizer
 
     class ThoughtSFTTrainer(ThoughtTrainer, SFTTrainer):
         pass
 
-    tokenizer, data = sums
+    tokenizer = number_tokenizer()
+    data = Dataset.from_list([{"prompt": f"{i} {i + 1} ", "completion": f"{2 * i + 1} 7"} for i in range(3, 11)])
     usual = {"max_steps": 2, "per_device_train_batch_size": 2} | QUIET
     arguments = SFTConfig(str(tmp_path), **usual, logging_steps=1, save_steps=1, activation_checkpointing=True)
     options = {"train_dataset": data, "eval_dataset": data, "processing_class": tokenizer}

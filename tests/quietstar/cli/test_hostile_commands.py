@@ -120,12 +120,11 @@ def test_a_damaged_file_ends_in_a_sentence(name, template, tmp_path, monkeypatch
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(2, 4))
-def test_every_wrong_command_ends_in_a_sentence(seed, with_runs, tmp_path, monkeypatch, capfd, record_property):
+def test_every_wrong_command_ends_in_a_sentence(with_runs, tmp_path, monkeypatch, capfd, record_property):
     monkeypatch.chdir(with_runs)
-    lines = wrong_commands.wrong_lines(seed, 4 * len(COMMANDS), list(COMMANDS))
+    lines = wrong_commands.wrong_lines(2, 5 * len(COMMANDS), list(COMMANDS))
     run("command lines", lines, with_runs, tmp_path, monkeypatch, capfd, record_property)
-    files = wrong_commands.damaged_files(seed, len(wrong_commands.READ), list(wrong_commands.READ))
+    files = wrong_commands.damaged_files(2, 2 * len(wrong_commands.READ), list(wrong_commands.READ))
     run("damaged files", files, with_runs, tmp_path / "files", monkeypatch, capfd, record_property)
 
 

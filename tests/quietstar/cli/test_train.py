@@ -33,12 +33,11 @@ def test_the_config_a_run_writes_makes_the_same_run(home, quietstar, trained):
         assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("how", [["--resume"], pytest.param(["--resume=run/checkpoints/step-000002"], marks=pytest.mark.long)])
-def test_resume(home, quietstar, trained, how):
+def test_resume(home, quietstar, trained):
     before = (home / "run" / "metrics.jsonl").read_text().splitlines()
     for path in places.every("run")[1:]:
         (path / "manifest.json").unlink()
-    code, _, err = quietstar("train", "--config=run/config.json", *how)
+    code, _, err = quietstar("train", "--config=run/config.json", "--resume")
     assert code == 0, err
     after = (home / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in after] == [json.loads(line)["loss"] for line in before]

@@ -54,7 +54,7 @@ def test_the_headline_is_the_smaller(mixing, content, name):
 
 
 @pytest.mark.parametrize(
-    "low, said", [(-0.1, "no gain from what was thought: a constant one is as good"), (0.1, "what was th")]
+    "low, said", [(-0.1, "no gain from what was thought: a constant one"), (0.1, "what was thought helped")]
 )
 def test_a_constant_thought(low, said):
     assert verdict(gains(0.1, 0.2) | {"constant_low": low, "constant_high": 0.2}).startswith(said)

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar.explanation.tokens import text_pieces, token_text
+from tests.quietstar.conftest import sentence_pieces
 
 
 @pytest.fixture
@@ -19,11 +20,7 @@ def byte_level():
 
 @pytest.fixture
 def sentence_piece():
-    vocab = {"<unk>": 0, "<s>": 1, "▁": 2, "▁a": 3, "b": 4} | {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    bpe.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", unk_token="<unk>")
+    return sentence_pieces("<s>", "▁", "▁a", "b")
 
 
 def test_pieces_of_a_text(byte_level):
@@ -52,9 +49,9 @@ def test_a_replacement_character_in_the_text(byte_level):
 
 
 def test_spaces_and_bytes_of_sentence_piece(sentence_piece):
-    ids = [1, 3, 4, 3, *(5 + byte for byte in "中".encode()), 4, 2, 2]
+    ids = [257, 259, 260, 259, *"中".encode(), 260, 258, 258]
     assert text_pieces(sentence_piece, ids) == ["<s>", " a", "b", " a", "⟨E4⟩", "⟨B8⟩", "中", "b", " ", " "]
-    assert [token_text(sentence_piece, x) for x in (3, 4, 2, 5 + 0xE4)] == [" a", "b", " ", "⟨E4⟩"]
+    assert [token_text(sentence_piece, x) for x in (259, 260, 258, 0xE4)] == [" a", "b", " ", "⟨E4⟩"]
 
 
 def test_special_and_unknown_tokens(byte_level):

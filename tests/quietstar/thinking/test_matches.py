@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
 from quietstar.testing import byte_tokenizer
 from quietstar.thinking.matches import matches
+from tests.quietstar.conftest import sentence_pieces
 
 TEXTS = ("café ok", "日本", "🙂!", "a\ufffdb", "plain text", "Ãé", "{}")
 
 
 def sentencepiece():
-    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"<unk>": 256, "▁": 257, "é": 258}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
-    parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence(list(parts))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), list(range(256))
+    return sentence_pieces("▁", "é"), list(range(256))
 
 
 def byte_level():
