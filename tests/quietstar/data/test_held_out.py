@@ -154,6 +154,7 @@ class TestCheck:
 
 def test_the_split_of_many_texts_is_the_one_it_always_was(byte_tokenizer, tmp_path):
     write_lines(tmp_path / "a.jsonl", 40)
-    data = load_data(DataConfig(data=str(tmp_path / "a.jsonl"), held_out=3), byte_tokenizer, lookahead=2)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    assert data.held_out_texts == [words(9, 100 * i) for i in order[:3]]
+    for seed in (0, 1):
+        config = DataConfig(data=str(tmp_path / "a.jsonl"), held_out=3, held_out_seed=seed)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
+        assert load_data(config, byte_tokenizer, lookahead=2).held_out_texts == [words(9, 100 * i) for i in order[:3]]

@@ -61,29 +61,11 @@ def test_alone_each_text_is_an_example_and_short_ones_are_left_out(letters, tmp_
     }
 
 
-def test_held_out_texts_are_random_and_depend_only_on_their_seed(letters, tmp_path):
-    _, config = numbered(tmp_path, 200)
-
-    def held(**changes):
-        data = load_data(DataConfig(**{**config.__dict__, **changes}), letters, lookahead=2)
-        return [example["input_ids"].tolist() for example in data.held_out]
-
-    assert len(held()) == 20  # a tenth of all, where 64 were asked for
-    assert held() == held(pack=True, length=12) and held() != held(held_out_seed=1)
-    assert held(held_out=5) == held()[:5] and held(held_out=0) == []
-
-
 @pytest.mark.parametrize("pack", [True, False], ids=["paragraphs", "lines"])
 def test_a_text_file(tmp_path, pack):
     (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n \n\nthree\n")
     texts = read_texts(DataConfig(data=str(tmp_path / "a.txt"), pack=pack))
     assert texts == (["one\ntwo", "three"] if pack else ["one", "two", "three"])
-
-
-def test_a_json_file(tmp_path):
-    lines = [{"body": "one\n"}, {"body": "two", "text": "not this"}, {"body": " "}]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    assert read_texts(DataConfig(data=str(tmp_path / "a.jsonl"), text_field="body")) == ["one", "two"]
 
 
 ROWS = [

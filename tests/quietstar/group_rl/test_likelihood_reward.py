@@ -109,14 +109,13 @@ def test_dropout_is_off(ready):
     assert reward(completion_ids=COMPLETIONS, **COLUMNS) == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("form", ["logprob", "rlpr"])
-def test_each_shared_token_is_computed_once(ready, form):
-    reward, _, made = ready(form, per_device_train_batch_size=8)
+def test_each_shared_token_is_computed_once(ready):
+    """Of the answers after each thought and, as rlpr wants, after none."""
+    reward, _, made = ready("rlpr", per_device_train_batch_size=8)
     rows = []
     made.model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: rows.append(inputs[0].numel()))
     reward(completion_ids=COMPLETIONS, **COLUMNS)
-    thoughts = [THOUGHTS, THOUGHTS + [[]] * 8][form == "rlpr"]
-    whole = [p + t + JOINT_IDS + a for p, t, a in zip(PROMPTS * 2, thoughts, IDS * 2, strict=False)]
+    whole = [p + t + JOINT_IDS + a for p, t, a in zip(PROMPTS * 2, THOUGHTS + [[]] * 8, IDS * 2, strict=True)]
     assert rows == [len({tuple(ids[:n]) for ids in whole for n in range(1, len(ids))})]
 
 
