@@ -230,17 +230,6 @@ def test_files_that_cannot_be_read_or_written(tiny, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_export_that_fails_leaves_the_file_before(tiny, tmp_path, kind):
-    needed(kind)
-    qs, file = thinking(tiny), tmp_path / f"a.{kind}"
-    export_thoughts(qs, texts(), file, seed=1)
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match="from 0 to V-1"):
-        export_thoughts(qs, [*texts(), {"input_ids": torch.full((7,), 99)}], file, batch_size=2)
-    assert [path.name for path in tmp_path.iterdir()] == [file.name] and file.read_bytes() == before
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_the_file(tiny, tmp_path, kind):
