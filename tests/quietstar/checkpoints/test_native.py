@@ -100,6 +100,7 @@ DAMAGED = {
     "a flipped bit of weights": (WEIGHTS, flip, False, f"{WEIGHTS} is damaged: it is not the file that was saved"),
     "of thought parts": (PARTS, flip, False, f"{PARTS} is damaged: it is not the file that was saved"),
     "of the config": ("config.json", flip, False, "config.json is damaged: it is not the file that was saved"),
+    "another type": ("quietstar.json", lambda file: edit(file, thought_config={"thoughts": "x"}), True, "must be an integer"),
     "another format": ("quietstar.json", lambda file: edit(file, format=99), False, "format 99"),
     "another vocabulary": ("config.json", lambda file: edit(file, vocab_size=60), True, "61 tokens, its config.json says 60"),
     "a tensor is missing": (

@@ -181,6 +181,11 @@ def test_every_reader_names_a_hostile_file(reader, tmp_path, byte_tokenizer, rec
         (["explain", "x", "--model=thinker", "--out=loop"], 2, "--out must be a file in an existing folder, got loop"),
         (["export", "--model=thinker", "--data=text.txt", "--out=pipe.jsonl"], 2, "--out must be a file in an existing folder"),
         (["export", "--model=thinker", "--data=text.txt", "--out=" + 300 * "x"], 2, "File name too long"),
+        (
+            ["export", "--model=thinker", "--data=text.txt", "--out=new.jsonl", "--thoughts=0"],
+            2,
+            "--thoughts must be 1 or more",
+        ),
         (["train", "--model=model", "--out=text.txt"], 2, "--out must be a folder that can be written to, got text.txt"),
         (["doctor", "--model=model", "--length=1" + 30 * "0"], 2, "more than 64 bits"),
         (["doctor", "--model=model", f"--length={2**62}"], 2, "rows, and 1,099,511,627,776 are the most"),

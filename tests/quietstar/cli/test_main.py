@@ -31,6 +31,7 @@ def test_help(quietstar, command, monkeypatch):
         (["think", "--model=model", "Hello"], "not a QuietStar checkpoint"),
         (["generate", "--model=model", "Hello"], "quietstar train --model model makes one of a language model"),
         (["think", "--model=run", "Hello", "--chat"], "the tokenizer has no chat template"),
+        (["think", "--model=nowhere", "Hello"], "nowhere"),
         (["think", "--model=run", ""], "the prompt has no tokens"),
         (["think", "--model=run", "Hello", "--at", "5"], "--at must be from -5 to 4 in a text of 5 tokens, got 5"),
         (["eval", "--model=run", "--held-out=1"], "at least 2 texts"),

@@ -12,7 +12,7 @@ from quietstar.hf.architectures import REFUSED, check_architecture
 from quietstar.hf.decoder import PackedPass, TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar_kernels import ThoughtLayout
 from tests.quietstar.common import sequential_logits
-from tests.quietstar.conftest import ARCHITECTURES
+from tests.quietstar.conftest import ARCHITECTURES, FEW
 
 TEXT, THOUGHTS, ROWS = 16, 2, 5
 BOUND = 1e-4  # the largest difference of fp32 logits that this project accepts
@@ -138,7 +138,11 @@ def test_verify_accepts_models_that_amplify_rounding_and_finds_wrong_masks_in_th
     assert max(vars(quietstar.verify(model)).values()) > 100 * report.bound
 
 
-@pytest.mark.parametrize("dtype, margin", [(torch.float32, 1000), pytest.param(torch.bfloat16, 1, marks=pytest.mark.long)])
+IN_FP32 = [pytest.param(x, torch.float32, 1000, marks=() if x in FEW else pytest.mark.long) for x in ARCHITECTURES]
+IN_BF16 = [pytest.param(x, torch.bfloat16, 1, marks=pytest.mark.long) for x in FEW]
+
+
+@pytest.mark.parametrize("architecture, dtype, margin", IN_FP32 + IN_BF16)
 @pytest.mark.parametrize("place", ["pass", "steps"])
 def test_verify_finds_a_wrong_mask_in_every_architecture(tiny, monkeypatch, architecture, place, dtype, margin):
     """In steps, and in the packed pass one of four mistakes for each type."""
