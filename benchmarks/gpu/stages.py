@@ -163,7 +163,8 @@ class Plan:
 
     def _ahead(self) -> list[str]:
         command = [*_module("benchmarks.gpu.warm"), "--device", self.device, *(["--smoke"] if self.rehearsal else [])]
-        return command + [word for name in ROWS for word in ("--rows", shlex.join(ROWS[name].options))]
+        names = ("attention", "head") if self.rehearsal else ROWS  # an interpreter compiles nothing
+        return command + [word for name in names for word in ("--rows", shlex.join(ROWS[name].options))]
 
     def _attention(self) -> list[Step]:
         """The rows, then a search of tiles, which a CPU can't make and which prints what it has found at its end."""
