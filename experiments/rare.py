@@ -48,15 +48,6 @@ RUNS: dict[str, Runs] = {
     LEARNT[0.1]: {PUBLISHED: {}, NEXT: {"lookahead": 1}, REHEARSAL: {}, NO_REWARD: {"policy_weight": 0.0}},
     LEARNT[0.02]: {PUBLISHED: {}, "z-score": {"advantage": "zscore"}},
 }
-MORE: Runs = {  # in the full size, starting from both "10 % always" and "learnt, then 2 %"
-    REHEARSAL: {},
-    "8 thoughts": {"thoughts": 8},
-    "16 thoughts": {"thoughts": 16},
-    "leave one out": {"advantage": "leave_one_out"},
-    "weight 30": {"policy_weight": 30.0},
-    "entropy 0.01": {"entropy_weight": 0.01, "policy_temperature": 1.0},
-    "rehearsal, z-score, 8 thoughts": {"advantage": "zscore", "thoughts": 8},
-}
 
 
 def run(seed: int, size: str, out: Path) -> dict[str, Any]:
@@ -69,8 +60,7 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     rows = []
     for name, (model, share) in models(seed, size).items():
         known = rare_text.knowledge(model, digits, seed)
-        more = MORE if size == "full" and name in (ALWAYS, LEARNT[0.02]) else {}
-        for what, fields in (RUNS[name] | more).items():
+        for what, fields in RUNS[name].items():
             loss = rare_text.with_rehearsal(strings, share) if REHEARSAL in what else thought_loss
             qs = trained(model, examples, seed, out / f"{name}-{what}", loss, **({"lookahead": rare_text.LOOKAHEAD} | fields))
             thoughts = digit_sums.own_thoughts(qs, digits)

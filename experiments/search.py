@@ -53,20 +53,19 @@ from quietstar_recipes.common.evaluation import evaluate
 from quietstar_recipes.common.logprobs import likelihoods
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.saving import REPORT, load_model, save_model
-from quietstar_recipes.common.selectors import Sample, auc, best, hierarchical, majority, powers_of_two, weighted
+from quietstar_recipes.common.selectors import Sample, auc, best, hierarchical, majority, powers_of_two
 from quietstar_recipes.common.solutions import to_samples
 from quietstar_recipes.common.training import SFTConfig, sft
 from quietstar_recipes.solve import run as test_time
 from quietstar_recipes.solve.budgets import Chain, Table, alone, compute_optimal, curve, from_all, measure, oracle
 from quietstar_recipes.solve.revisions import revise, train_reviser
 from quietstar_recipes.solve.run import BEAM, BEST, WEIGHTED, draw, greedy, searched, side_by_side, write
-from quietstar_recipes.solve.search import search
 from quietstar_recipes.solve.values import Valued, outcomes, roll_out, train_values, value_scorer, values
 from quietstar_recipes.tasks import Multiplication, Row, Task
 
 TITLE = "Test-time compute"
 OUTCOME, NO_ROLLOUTS = "best of k, outcome verifier", "best of k, without rollouts"
-LIKELIHOOD, LARGER = "beam search by likelihood", "larger model, greedy"
+LARGER = "larger model, greedy"
 REVISIONS, VOTED = "revisions, process verifier", "revisions, majority"
 OPTIMAL, ONE = "compute-optimal, search", "one for all, search"
 CONTROLS = ("majority", "likeliest", "greedy")
@@ -112,11 +111,11 @@ BASE: dict[str, dict[str, int]] = {
 }
 ENOUGH, PIECE = 0.3, 10
 FIELDS = ("max_new", "samples", "problems", "valid_problems", "process_problems", "process_samples", "rollouts")
-FIELDS += ("process_steps", "revise_problems", "revise_samples", "revise_steps", "judge_steps")
+FIELDS += ("process_steps", "revise_problems", "revise_samples", "revise_steps")
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(zip(FIELDS, (14, 16, 10, 5, 20, 1, 1, 1, 20, 2, 1, 1), strict=True)),
-    "quick": dict(zip(FIELDS, (33, 16, 1000, 200, 8000, 1, 2, 300, 1000, 8, 200, 100), strict=True)),
-    "full": dict(zip(FIELDS, (33, 16, 1000, 500, 8000, 1, 4, 600, 2000, 16, 600, 600), strict=True)),
+    "tiny": dict(zip(FIELDS, (14, 16, 10, 5, 20, 1, 1, 1, 20, 2, 1), strict=True)),
+    "quick": dict(zip(FIELDS, (33, 16, 1000, 200, 8000, 1, 2, 300, 1000, 8, 200), strict=True)),
+    "full": dict(zip(FIELDS, (33, 16, 1000, 500, 8000, 1, 4, 600, 2000, 16, 600), strict=True)),
 }
 BEGINNINGS = {"problems": 500, "solutions": 4, "rollouts": 4}  # on which verifiers of beginnings are judged
 VERIFIER_RATE, REVISER_RATE = 5e-4, 3e-4  # learning rates
@@ -168,38 +167,12 @@ def run(seed: int, size: str, out: Path) -> dict[str, Any]:
     rows[REVISIONS] |= in_turn(attempts)
     if fmean(chain[0].right for chain in attempts) < GATE * fmean(x.right for several in samples for x in several):
         rows[REVISIONS]["accuracy"] = None
-    result: dict[str, Any] = {
+    return {
         "rows": list(rows.values()),
         "curves": {name: curve(table, budgets) for name, table in tables.items()},
         "levels": {name: by_level(table, levels) for name, table in tables.items()},
         "chosen": chosen,
     }
-    if size != "quick":
-        result["rows"] += others_ways(model, larger, task, test, config, process, set(rows))
-    return result
-
-
-def others_ways(
-    model: PreTrainedModel,
-    larger: PreTrainedModel,
-    task: Task,
-    test: list[Row],
-    config: test_time.Config,
-    process: PreTrainedModel,
-    done: set[str],
-) -> list[dict[str, Any]]:
-    """Rows of what no claim is about: look-ahead search, splits into chains, a verifier of chains, and search by likelihood."""
-    report = test_time.solve(model, task, replace(config, learning_rate=REVISER_RATE), process=process, larger=(larger, task))
-    rows = [
-        {"run": name, "accuracy": points[ALL]["accuracy"], "four": points[FOUR]["accuracy"], "tokens": points[ALL]["tokens"]}
-        for name, points in report["curves"].items()
-        if name not in done
-    ]
-    by_likelihood: dict[str, Any] = {"run": LIKELIHOOD}
-    for name, N in (("four", 4), ("accuracy", config.samples)):
-        searched = search(model, task, test, partial(likelihoods, model), N, config.beam_width, config)
-        by_likelihood[name] = fmean(weighted(x.samples).right for x in searched)
-    return [*rows, by_likelihood]
 
 
 def problems(task: Task, config: test_time.Config, split: str) -> list[Row]:
