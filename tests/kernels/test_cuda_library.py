@@ -68,14 +68,6 @@ def test_a_library_that_does_not_load(load):
     assert cuda_library() == "no CUDA library: its library does not load: undefined symbol: torch_library_impl"
 
 
-def test_a_library_that_is_none_does_not_load(load, monkeypatch, tmp_path):
-    real = _library._load.__wrapped__  # which has not loaded one yet
-    (tmp_path / "broken.so").write_bytes(b"no ELF")
-    monkeypatch.setattr(_library, "FILE", tmp_path / "broken.so")
-    with pytest.raises(OSError):
-        real()
-
-
 def test_without_a_gpu(load, monkeypatch):
     load(Library("sm_80 compute_80"))
     assert _library.why_not(CPU) == "no CUDA device: these tensors are on cpu"
@@ -138,19 +130,10 @@ def test_auto_takes_triton_and_where_there_is_none_cuda(load, gpu, monkeypatch):
     gpu((9, 0))
     monkeypatch.delenv("QUIETSTAR_BACKEND", raising=False)
     served = {"K": 128, "E": 128}
-    for dtype, widths, serves in [
-        (torch.bfloat16, served, True),
-        (torch.float16, {"K": 64, "E": 64}, True),
-        (torch.float32, served, False),
-        (torch.bfloat16, {"K": 80, "E": 80}, False),
-        (torch.bfloat16, {"K": 128, "E": 64}, False),
-    ]:
-        assert _dispatch.choose("thought_decode", "auto", GPU, dtype, **widths) == "triton"
-        if serves:
-            assert _dispatch.choose("thought_decode", "cuda", GPU, dtype, **widths) == "cuda"
-        else:
-            with pytest.raises(ValueError, match="^thought_decode: backend 'cuda' is not available: "):
-                _dispatch.choose("thought_decode", "cuda", GPU, dtype, **widths)
+    assert _dispatch.choose("thought_decode", "auto", GPU, torch.bfloat16, **served) == "triton"
+    assert _dispatch.choose("thought_decode", "cuda", GPU, torch.bfloat16, **served) == "cuda"
+    with pytest.raises(ValueError, match="^thought_decode: backend 'cuda' is not available: .*not in float32"):
+        _dispatch.choose("thought_decode", "cuda", GPU, torch.float32, **served)
     monkeypatch.setattr(triton, "_why_not", lambda device, dtype: "Triton is not installed")
     assert _dispatch.choose("thought_decode", "auto", GPU, torch.bfloat16, **served) == "cuda"
     assert _dispatch.choose("sample_token", "auto", GPU, torch.bfloat16) == "cuda"
