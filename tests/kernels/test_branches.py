@@ -1,11 +1,9 @@
-"""Branches: packed layouts and own="full" against one SDPA call per branch, grids against packed layouts, bad input."""
+"""Branches: long ones, packed layouts that are grids, own="full", bad input. Random ones are drawn in test_trees.py."""
 
-import random
 from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from quietstar_kernels import ThoughtLayout, sample_thoughts, thought_attention, thought_decode
 from quietstar_kernels.testing import (
@@ -16,61 +14,6 @@ from quietstar_kernels.testing import (
     plain_attention,
 )
 from tests.kernels.drawn import normal, seeded
-
-DRAWS = 8
-
-
-def drawn(seed, longest, device):
-    """A packed layout: anchors repeat, branches may be empty or unused, texts are documents in half of the cases."""
-    generator, choice = seeded(seed), random.Random(seed)
-    B, L, C = choice.choice([1, 2]), choice.choice([1, 20, 70]), choice.choice([1, 4, 7])
-    anchors = torch.randint(0, L, (B, C), generator=generator).sort(1).values
-    off = torch.arange(C) >= torch.randint(1, C + 1, (B, 1), generator=generator)
-    lengths = torch.randint(0, longest + 1, (B, C), generator=generator)
-    lengths[:, 0] = choice.choice([0, 1, longest])
-    starts = torch.randint(0, L, (B, 1), generator=generator) * choice.choice([0, 1])
-    t = torch.arange(L)
-    return ThoughtLayout.packed(
-        anchors.masked_fill(off, -1),
-        lengths.masked_fill(off, 0),
-        lo=torch.where(t < starts, 0, starts),
-        rows=choice.choice([None, C * longest + 1]),
-        own=choice.choice(["causal", "full"]),
-    ).to(device)
-
-
-def by_branch(q, k, v, layout, sinks=None):
-    """One SDPA call per branch and one per text row; in autograd."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    out = [[q.new_zeros(q.shape[1], v.shape[-1])] * layout.M for _ in range(layout.B)]
-    for b in range(layout.B):
-        lo = layout.lo[b].tolist()
-        for t in range(layout.L):
-            keys = slice(lo[t], t + 1)
-            out[b][t] = scaled_dot_product_attention(q[b, :, t : t + 1], k[b, :, keys], v[b, :, keys])[:, 0]
-        first = layout.L
-        for anchor, length in zip(layout.anchor[b].tolist(), layout.length[b, :, 0].tolist(), strict=True):
-            rows = [*range(lo[anchor], anchor + 1), *range(first, first + length)]
-            text = len(rows) - length
-            own = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            mask = torch.cat([own.new_ones(length, text), own if layout.own == "full" else own.tril()], 1)
-            of_branch = slice(first, first + length)
-            got = scaled_dot_product_attention(q[b, :, of_branch], k[b, :, rows], v[b, :, rows], attn_mask=mask)
-            out[b][of_branch] = got.unbind(1)
-            first += length
-    return torch.stack([torch.stack(rows, 1) for rows in out])
-
-
-@pytest.mark.parametrize("seed", range(DRAWS))
-def test_equals_a_call_per_branch(backend, seed, device, interpreted):
-    layout = drawn(seed, 9 if interpreted else 40, device)
-    inputs = attention_inputs(seeded(seed), layout, 4, 2, 16)
-    del inputs["sinks"]
-    grad_out = normal(seeded(seed + 1), layout.B, 4, layout.M, 16, device=device)
-    op = partial(thought_attention, backend=backend)
-    magnitudes = attention_magnitudes(inputs, grad_out)
-    assert_op_close_as_plain(op, by_branch, inputs, (grad_out,), f"{layout}", magnitudes=magnitudes, layout=layout)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 70}, {"window": 7, "softcap": 2.0}], ids=str)

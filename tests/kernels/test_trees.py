@@ -42,7 +42,8 @@ def random_tree(draw, device="cpu", own=None, text=None):
 
 def paths(layout, b):
     """Of each node: the rows of the nodes above it, its own rows, whether it is a leaf, and its root's anchor."""
-    parents, lengths = layout.parent[b].tolist(), layout.length[b, :, 0].tolist()
+    parents = [-1] * layout.P if layout.parent is None else layout.parent[b].tolist()
+    lengths = layout.length[b, :, 0].tolist()
     first, found = layout.L, []
     for c, parent in enumerate(parents):
         above, rows, _, anchor = found[parent] if parent >= 0 else ([], [], None, int(layout.anchor[b, c]))
@@ -56,6 +57,8 @@ def test_a_row_sees_its_path():
     for seed in range(80):
         draw = random.Random(seed)
         layout = random_tree(draw, text=6)
+        if seed % 4 == 0:  # the same branches, none of which hangs on another
+            layout = ThoughtLayout.packed(layout.anchor, layout.length[..., 0], lo=layout.lo, own=layout.own)
         window, lo = draw.choice([None, 1, 4]), layout.lo
         seen, position = torch.zeros(layout.B, layout.M, layout.M, dtype=torch.bool), torch.zeros(layout.B, layout.M).long()
         for b in range(layout.B):
