@@ -1,9 +1,9 @@
 """On a kind of GPU without published results, ``auto`` only takes a back end after one small case of the op came out right.
 
-What is found holds until the process ends: the case is small, and Triton's own cache keeps its kernels. A back end
-that gives something wrong, or that can't be compiled, is skipped, with a warning. An error that may come from elsewhere, such
-as a file server or a full disk, says nothing about the back end: the case is run once more, and then the error is the caller's.
-Else one process of many would go on with the dense reference.
+What is found holds until the process ends: the case is small, and Triton's own cache keeps its kernels. A back end that gives
+something wrong, or that can't be compiled, is skipped, with a warning. An error that may come from elsewhere, such as a file
+server or a full disk, says nothing about the back end: the case is run once more, and then the error is the caller's. Else one
+process of many would go on with the dense reference.
 """
 
 from __future__ import annotations
