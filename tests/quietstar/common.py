@@ -84,7 +84,7 @@ def kept_for_backward(qs, *inputs, **options):
 
 
 class Peak(TorchDispatchMode):
-    """``bytes``: the most that tensors took at once, those that were there before left out."""
+    """``bytes``: the most that tensors of more than 4 KiB took at once, those that were there before left out."""
 
     def __init__(self, *before):
         super().__init__()
@@ -93,7 +93,7 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         storages = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.alive |= {StorageWeakRef(x): x.nbytes() for x in storages}
+        self.alive |= {StorageWeakRef(x): x.nbytes() for x in storages if x.nbytes() > 4096}
         self.alive = {x: size for x, size in self.alive.items() if x not in self.before and not x.expired()}
         self.bytes = max(self.bytes, sum(self.alive.values()))
         return result
