@@ -119,14 +119,14 @@ def peak(qs, chunk, ids, thoughts=2, **options):
 
 @pytest.mark.long
 def test_memory_is_flat_in_anchors_and_thoughts(thinker):
-    """8 anchors at a time: three times as many cost next to nothing. Half the anchors at a time for twice the thoughts."""
+    """6 anchors at a time: three times as many cost next to nothing. Half the anchors at a time for twice the thoughts."""
     qs = thinker()
-    ids = text(1, 48)
-    few, many = (peak(qs, 8, ids, anchors=torch.arange(0, 48, 48 // count)[None]) for count in (16, 48))
+    ids = text(1, 36)
+    few, many = (peak(qs, 6, ids, anchors=torch.arange(0, 36, 36 // count)[None]) for count in (12, 36))
     assert many < 1.03 * few
     assert peak(qs, None, ids) > 2 * many
 
-    ids = text(1, 32)
+    ids = text(1, 24)
     two, eight = peak(qs, 8, ids), peak(qs, 2, ids, thoughts=8)
     assert eight < 1.1 * two
     assert peak(qs, None, ids, thoughts=8) > 3 * eight
