@@ -254,6 +254,10 @@ def test_bad_input(run, tmp_path):
     with pytest.raises(ValueError, match="at least 2 texts must be held out, to choose checkpoints by, got 1"):
         run(held_out=texts(1))
     assert not (tmp_path / "run").exists()
+    run()
+    (chosen := tmp_path / "run/stage-2-2-1/chosen.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{chosen}: Object missing required field thought_tokens"):
+        run(resume=True)
 
 
 @pytest.mark.long

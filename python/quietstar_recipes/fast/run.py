@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,19 @@ from quietstar_recipes.fast import plain
 
 TEXTS, NEW, TURNS = 4, 16, 3  # of the speed measurement: texts continued at once, most new tokens of each, and repetitions
 MODEL, BEST, CHOSEN, NAME = plain.MODEL, "best", "chosen.json", "fast"  # what a run writes; the last is .json and .png
+
+
+class Chosen(TypedDict):
+    """chosen.json: the figures of a stage's best checkpoint, in nats but for the first two and the last."""
+
+    thought_tokens: int
+    lookahead: int
+    base: float
+    mixed: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    score: float
 
 
 @dataclass
@@ -138,7 +151,7 @@ def run_stage(
     score: Callable[[QuietStar], float] | None,
 ) -> dict[str, Any]:
     """Run one stage and keep its best checkpoint in ``folder``/best; returns the figures of that checkpoint."""
-    chosen = read_json(folder / CHOSEN, dict[str, Any]) if (folder / CHOSEN).exists() else None
+    chosen = read_json(folder / CHOSEN, Chosen) if (folder / CHOSEN).exists() else None
 
     def choose(qs: QuietStar) -> dict[str, float]:
         nonlocal chosen
