@@ -280,6 +280,7 @@ def test_sft(tmp_path, fresh_accelerate):  # in bf16, which is SFTConfig's defau
         SFTTrainer(qs, arguments, **options)
 
     trainer = ThoughtSFTTrainer(qs, arguments, **options)
+    assert "forward" not in vars(qs)  # TRL's, with a head for its own loss
     trainer.train()
     assert len(logged(trainer, "loss", "reward", "weight", "thoughts_per_second")) == 2
     # accelerate gives the model a forward of its own; the copies that evaluation makes must not run with its config.
