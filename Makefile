@@ -73,7 +73,7 @@ test-kernels: $(READY)  ## every op and back end with every option, interpreted 
 	$(PYTEST) --dist=worksteal -m kernels $(TESTS)
 
 test-build: $(READY) $(LOWEST)/.ready  ## compiling ahead of time, sanitizers, other versions of PyTorch, and the wheel if make wheel has run
-	$(PYTEST) --dist=worksteal -m build $(TESTS)
+	$(PYTEST) --dist=worksteal -m build --durations=20 --durations-min=10 $(TESTS)
 
 # In the order of the files: xdist would begin with those of most tests, and end with one that takes minutes by itself.
 test-long: $(READY)  ## kills, several processes, every architecture, the browser, trained examples; TESTS=tests/recipes

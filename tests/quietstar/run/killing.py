@@ -134,5 +134,6 @@ if __name__ == "__main__":
     for command in COMMANDS:
         COMMANDS[command]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests, and nothing would end by it
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), flush=True)
