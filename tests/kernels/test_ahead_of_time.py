@@ -22,9 +22,8 @@ HERE = Path(__file__).parent
 FEW = 2  # words that the sampler spills on sm_120, for which no tiles were chosen
 OPS = sorted(path.stem for path in (HERE / "compiled").glob("*.py"))
 # KB of shared memory a block may have
-TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
-EXTENT = {"sm_80": "usual", "sm_100": "usual", "gfx942": "usual"}
-EXTENT |= {"sm_103": "brief", "sm_120": "brief", "gfx950": "brief"}  # which have others' tiles
+TARGETS = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+EXTENT = {"sm_80": "usual", "sm_100": "usual", "gfx942": "usual", "sm_120": "brief"}  # which has the tiles of sm_80
 
 
 @functools.cache
