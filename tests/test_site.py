@@ -81,7 +81,7 @@ def test_search_finds_the_reference_of_an_op(site, served, browser, where):
     for op in ("thought_attention", "linear_logprob"):
         page = browser.new_page()
         page.goto(start)
-        page.get_by_role("textbox", name="Search").fill(op)
+        page.get_by_role("textbox", name="Search").press_sequentially(op)  # as who types: keys are what it looks at
         first = page.locator(f".md-search-result__link[href*='h={op}']").first
         first.wait_for(state="attached")
         assert first.get_attribute("href").endswith(f"/reference/quietstar_kernels.html?h={op}#quietstar_kernels.{op}.{op}")
