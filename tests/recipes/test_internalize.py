@@ -186,6 +186,14 @@ def test_a_resumed_run_gives_the_same_numbers(run, continues, ended, step, reset
     continues(run, ended(icot, "removals", step), reset_optimizer=reset)
 
 
+def test_a_line_of_metrics_without_a_figure_is_named(run, tmp_path):
+    run()
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_text(path.read_text().replace("first_token_loss", "first", 1))
+    with pytest.raises(ValueError, match=f"^{path}: line 1: .*first_token_loss"):
+        run(resume=True)
+
+
 class NoChain(Addition):
     def solve(self, a, b):
         return "", super().solve(a, b)[1]

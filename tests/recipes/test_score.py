@@ -381,7 +381,8 @@ def test_a_run_killed_after_its_best_checkpoint_and_before_its_state(run, contin
     def gradient(model, base, task, config, step):
         with torch.no_grad():
             next(model.parameters()).add_(1.0)
-        return {"loss": 0.0, "stage": 1 if step < 3 else 2, "reward": 1 / (step + 1)}
+        figures = dict.fromkeys(recipe.Update.__struct_fields__[1:], 0.0)
+        return figures | {"loss": 0.0, "stage": 1 if step < 3 else 2, "reward": 1 / (step + 1)}
 
     warmed = []
     monkeypatch.setattr(recipe, "learn_two_turns", lambda *_: warmed.append(1))
@@ -389,6 +390,14 @@ def test_a_run_killed_after_its_best_checkpoint_and_before_its_state(run, contin
     monkeypatch.setattr(recipe, "plot", lambda *_: None)
     continues(run, ended(recipe.Progress, "save", saves, killed=True), save_every=2, two_turn_steps=1)
     assert len(warmed) == (2 if saves else 3)  # once a run, and again where nothing was saved
+
+
+def test_a_line_of_metrics_without_a_figure_is_named(run, tmp_path):
+    run()
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_text(path.read_text().replace("divergence_second", "divergence", 1))
+    with pytest.raises(ValueError, match=f"^{path}: line 1: .*divergence_second"):
+        run(resume=True)
 
 
 def test_a_model_that_solves_nothing_is_reported_at_once(run, tmp_path):

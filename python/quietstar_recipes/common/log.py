@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quietstar.run.metrics import Metrics, Pace
+from quietstar.run.metrics import Line, Metrics, Pace
 
 LOG = logging.getLogger("quietstar")
 FORMATS = {  # the figures worth following during a run
@@ -25,8 +25,8 @@ def log_figures(run: str | Path, figures: Mapping[str, Any]) -> None:
 class LoggedMetrics(Metrics):
     """A metrics file whose lines are also logged, at most one every ``SECONDS`` seconds."""
 
-    def __init__(self, path: Path, done: int):
-        super().__init__(path, done, write=True)
+    def __init__(self, path: Path, done: int, kind: type[Line] = Line):
+        super().__init__(path, done, write=True, kind=kind)
         self._pace = Pace()
 
     def add(self, line: dict[str, Any]) -> None:

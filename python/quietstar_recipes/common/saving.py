@@ -27,6 +27,7 @@ from quietstar.checkpoints import places, pretrained
 from quietstar.files.reading import json_lines, read_json, reason_of, sha256
 from quietstar.files.writing import put_back, replaced, write_whole
 from quietstar.run.lock import LOCK
+from quietstar.run.metrics import Line
 from quietstar.run.optimizers import check_tensors, from_tensors, to_tensors
 from quietstar.run.resume import Settings, check_folder
 from quietstar_recipes.common.log import LOG, LoggedMetrics, log_figures
@@ -89,12 +90,13 @@ class Progress:
         settings: what a run must have in common with its continuation.
         state: the state of a new run, JSON values by name, which the recipe changes; "step" is the number of finished updates.
         resume: whether to continue a run that is in ``out``; ``begun`` says whether there is one, which ``load`` loads.
+        kind: what every line of its metrics must have.
 
     Raises:
         ValueError: a run that was not to be resumed, has other settings, belongs to another command or is damaged.
     """
 
-    def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool):
+    def __init__(self, out: str | Path, settings: Settings, state: dict[str, Any], resume: bool, kind: type[Line] = Line):
         self.folder, self.settings, self.state = Path(out) / "progress", settings, state
         check_free(Path(out))
         put_back(self.folder)
@@ -105,7 +107,7 @@ class Progress:
             check_whole(self.folder)
             self.state = state | saved.state
             settings.check(self.folder, saved.settings)
-        self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"])
+        self.metrics = LoggedMetrics(Path(out) / "metrics.jsonl", self.state["step"], kind)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load weights and moments, if there is a saved run. Raises ValueError if they are damaged or of another model."""

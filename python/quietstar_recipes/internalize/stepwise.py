@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from quietstar.config import option
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
+from quietstar.run.metrics import Line
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.evaluation import grade
@@ -202,7 +203,7 @@ class Stages:
         self.plan, self.training, self.valid = plan, training, valid
         begin: dict[str, Any] = {"step": 0, "stage": 0, "done": 0, "best": None, "lines": [], "chainless": False}
         settings = Settings.of(config, recipe="internalize", model=name, task=task.name, inputs=hashes(task, model, name))
-        self.progress = Progress(config.out, settings, begin, resume)
+        self.progress = Progress(config.out, settings, begin, resume, Update)
         self.state, self.optimizer = self.progress.state, adamw(model, config.learning_rate, config.weight_decay)
         self.progress.load(model, self.optimizer)
 
@@ -284,6 +285,14 @@ class Stages:
         self.state.update(stage=self.state["stage"] + 1, done=0)
         save_model(folder, self.model, self.task, line)
         log_figures(self.config.out, line)
+
+
+class Update(Line):
+    """What ``losses`` reads in a line of metrics."""
+
+    removed: int
+    loss: float
+    first_token_loss: float
 
 
 def losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

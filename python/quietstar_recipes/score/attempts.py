@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from quietstar.evaluation.intervals import paired
 from quietstar.run.batches import mix_seed
+from quietstar.run.metrics import Line
 from quietstar_recipes.common.plots import Panel, Points, panels
 from quietstar_recipes.common.sampling import Completion, rollout
 from quietstar_recipes.common.selectors import Sample, majority, powers_of_two
@@ -196,6 +197,16 @@ def reaching(samples: Sequence[Sample], budget: int) -> Sequence[Sample]:
     """The first samples that together have at least ``budget`` tokens; all of them if they have fewer."""
     count = next((n for n in range(1, len(samples)) if tokens(samples[:n]) >= budget), len(samples))
     return samples[:count]
+
+
+class Update(Line):
+    """What ``plot`` shows of a line of metrics."""
+
+    stage: int
+    accuracy_first: float
+    accuracy_second: float
+    divergence_first: float
+    divergence_second: float
 
 
 def plot(path: Path, report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], title: str) -> None:

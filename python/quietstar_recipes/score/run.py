@@ -32,7 +32,7 @@ from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import Progress, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
 from quietstar_recipes.common.training import SFTConfig, adamw, sft, train
-from quietstar_recipes.score.attempts import accuracy_by_attempt, attempt, plot, votes
+from quietstar_recipes.score.attempts import Update, accuracy_by_attempt, attempt, plot, votes
 from quietstar_recipes.score.objective import Objective, advantages, by_turn, divergence, log_ratios, loss
 from quietstar_recipes.tasks import Row, Task
 
@@ -123,7 +123,7 @@ def score(
     config = config or Config()
     # 1. The start: a model that makes second attempts, a copy that stays as it is, and the optimizer.
     settings = Settings.of(config, recipe="score", model=name, task=task.name, inputs=hashes(task, model, name))
-    progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume)
+    progress = Progress(config.out, settings, {"step": 0, "best": None, "report": {}}, resume, Update)
     if config.two_turn_steps and not progress.begun:
         learn_two_turns(model, task, config)
         save_model(Path(config.out) / START, model, task, {})
