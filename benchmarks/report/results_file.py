@@ -83,7 +83,8 @@ def is_open(row: RowDict) -> bool:
 
 
 def merged(old: Iterable[RowDict], new: Iterable[RowDict], ops: Sequence[str]) -> list[RowDict]:
-    """All rows, ordered by op. A new row replaces the old one of its case and candidate, unless it wasn't tried."""
+    """All rows, ordered by op; those of an op that has got another name since are last. A new row replaces the old one of its
+    case and candidate, unless it wasn't tried."""
     cases: dict[str, dict[str, RowDict]] = {}
     for row in (*old, *new):
         candidates = cases.setdefault(str([row[name] for name in CASE]), {})
@@ -91,4 +92,4 @@ def merged(old: Iterable[RowDict], new: Iterable[RowDict], ops: Sequence[str]) -
         if before is None or is_open(before) or not is_open(row):
             candidates[row["candidate"]] = row
     rows = [row for candidates in cases.values() for row in candidates.values()]
-    return sorted(rows, key=lambda row: ops.index(row["op"]))
+    return sorted(rows, key=lambda row: [*ops, row["op"]].index(row["op"]))

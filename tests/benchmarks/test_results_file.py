@@ -18,9 +18,10 @@ def row(op="naive", candidate="batched", seconds=1.0, note="", L=8, **more):
 
 
 def test_new_rows_replace_those_of_their_case_and_candidate():
-    old = [row(), row(candidate="naive"), row(L=9), row("sample_token")]
+    old = [row("since renamed"), row(), row(candidate="naive"), row(L=9), row("sample_token")]
     new = [row(seconds=2.0), row(L=10)]
-    assert merged(old, new, OPS) == [row("sample_token"), row(seconds=2.0), row(candidate="naive"), row(L=9), row(L=10)]
+    now = [row("sample_token"), row(seconds=2.0), row(candidate="naive"), row(L=9), row(L=10), row("since renamed")]
+    assert merged(old, new, OPS) == now
 
 
 def test_a_row_that_was_not_tried_replaces_nothing_and_a_failure_does():
