@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.hf.decoder import PackedPass, decode_rows
@@ -42,74 +43,151 @@ def without_padding(input_ids: Tensor, attention_mask: Tensor, completion_length
     return [ids[ids >= 0] for ids in padded], live
 
 
-def end_logprobs(
-    model: PreTrainedModel,
-    head: LMHead,
-    sequences: list[Tensor],
-    live: Tensor,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-    autocast_head: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the last tokens of sequences and entropies of their predictions, fp32 [B,T] (fp64 from fp64), nats.
+@dataclass(frozen=True)
+class EndTokens:
+    """The tree of some sequences, and the last tokens of each that are scored. All on the host.
 
-    Both are 0 where ``live`` is False. Differentiable.
+    A token that several sequences share is scored once at each of its temperatures: U tokens in all.
+
+    Attributes:
+        layout, token_ids: the tree with a row for each distinct token, and the tokens int64 [1,M] of its rows.
+        positions: a bound on position ids.
+        rows: int64 [U], the row of the tree that predicts each token.
+        targets: int64 [U], the tokens, those of one temperature after another.
+        temperatures: each temperature, and how many of the tokens it is for.
+        slot: int64, which of the U tokens each True of ``live`` is.
+        live: bool [B,T], True for the scored tokens of each sequence.
+    """
+
+    layout: ThoughtLayout
+    token_ids: Tensor
+    positions: int
+    rows: Tensor
+    targets: Tensor
+    temperatures: list[tuple[float, int]]
+    slot: Tensor
+    live: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tensor], live: Tensor, temperatures: Sequence[Tensor]) -> EndTokens:
+        """The tree of ``sequences``.
+
+        Args:
+            sequences: int64 [length] on the host, one at least not empty.
+            live: bool [B,T] on the host. Row i has a True for each last token of sequence i that is scored, one fewer than it
+                has tokens at most: the first can't be scored.
+            temperatures: of each sequence's tokens, fp64 [length] on the host.
+        """
+        # 1. A row for each distinct token. Nothing follows a last token, so it needs no row; but without any row the result
+        # would not depend on the model.
+        layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
+        # 2. What is scored: the row before each token predicts it.
+        size = layout.M + len(sequences)
+        last_keys = torch.arange(layout.M, size, device="cpu").split(1)
+        rows, targets, keys, divisors = [], [], [], []
+        for i, (ids, path, count) in enumerate(zip(sequences, paths, live.sum(1).tolist(), strict=True)):
+            first, end = len(ids) - count, len(ids)
+            rows.append(path[first - 1 : end - 1])
+            targets.append(ids[first:])
+            # A token is the same in two sequences if its row is. A last one without a row gets a key of its own.
+            keys.append(torch.cat([path, last_keys[i]])[first:end])
+            divisors.append(temperatures[i][first:])
+        values, which = torch.cat(divisors).unique(return_inverse=True)
+        distinct, slot = (which * size + torch.cat(keys)).unique(return_inverse=True)
+        counts = (distinct // size).bincount(minlength=len(values))
+        # Tokens with the same slot write the same values.
+        row_of, target_of = (torch.zeros_like(distinct).scatter(0, slot, torch.cat(x)) for x in (rows, targets))
+        return cls(
+            layout,
+            token_ids,
+            max(map(len, sequences)),  # the layout's own bound counts all sequences as one text
+            row_of,
+            target_of,
+            list(zip(values.tolist(), counts.tolist(), strict=True)),
+            slot,
+            live,
+        )
+
+    def hidden(self, model: PreTrainedModel) -> Tensor:
+        """[U,D], the last hidden states that predict the tokens: one forward of a model with attention "quietstar"."""
+        layout = self.layout.to(model.device)
+        packed = PackedPass(layout)
+        packed.positions = self.positions
+        embeds = embeddings(model)(self.token_ids.to(model.device))
+        return decode_rows(model, embeds, layout.position_ids(), packed)[0, self.rows.to(model.device)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [U] of the tokens as those of each sequence, [B,T]; 0 where ``live`` is False."""
+        live, slot = self.live.to(values.device), self.slot.to(values.device)
+        return values.new_zeros(live.shape).masked_scatter(live, values[slot])
+
+
+def end_logprobs(
+    model: PreTrainedModel, head: LMHead, tokens: EndTokens, return_entropy: bool = False, autocast_head: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens and entropies of their predictions, fp32 [B,T] (fp64 from fp64), in nats.
+
+    Both are 0 where ``tokens.live`` is False; without ``return_entropy`` entropies are 0. Differentiable. No logits are kept.
 
     Args:
         model: with attention "quietstar" or "quietstar_wrapped".
         head: the model's, from ``find_lm_head``.
-        sequences: int64 [length] on the host, one at least not empty.
-        live: bool [B,T] on the host. Row i has a True for each last token of sequence i that is scored, one fewer than it has
-            tokens at most: the first can't be scored.
         autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
     """
-    # 1. The tree of the sequences, a row for each distinct token. Nothing follows a last token, so it needs no row; but without
-    # any row the result would not depend on the model.
-    layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
-    # 2. What is scored: the row before each token predicts it. A token that several sequences share is scored once.
-    predicting_rows, target_ids, keys = [], [], []
-    last_keys = torch.arange(layout.M, layout.M + len(sequences)).split(1)
-    for ids, path, count, last_key in zip(sequences, paths, live.sum(1).tolist(), last_keys, strict=True):
-        first, end = len(ids) - count, len(ids)
-        predicting_rows.append(path[first - 1 : end - 1])
-        target_ids.append(ids[first:])
-        # A token is the same in two sequences if its row is. A last one without a row gets a key of its own.
-        keys.append(torch.cat([path, last_key])[first:end])
-    key = torch.cat(keys)
-    is_used = torch.zeros(layout.M + len(sequences), dtype=torch.bool).index_fill(0, key, True)
-    slot = (is_used.cumsum(0) - 1)[key]
-    # Tokens with the same key write the same values.
-    rows, targets = (key.new_zeros(int(is_used.sum())).scatter(0, slot, torch.cat(x)) for x in (predicting_rows, target_ids))
+    counts = [count for _, count in tokens.temperatures] or [0]
+    divisors = [temperature for temperature, _ in tokens.temperatures] or [1.0]
+    targets = tokens.targets.to(model.device)
 
-    # 3. One forward; log-probabilities and entropies come from its hidden states, without logits.
-    layout = layout.to(model.device)
-    token_ids, rows, targets, slot, live = (x.to(model.device) for x in (token_ids, rows, targets, slot, live))
-    packed = PackedPass(layout)
-    packed.positions = max(map(len, sequences))  # the layout's own bound counts all sequences as one text
-    hidden = decode_rows(model, embeddings(model)(token_ids), layout.position_ids(), packed)[0]
-    head = head.of(model)
+    def score(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        own, parts = head.of(model), []
+        for divisor, rows, ids in zip(divisors, hidden.split(counts), targets.split(counts), strict=True):
+            out = own.apply(linear_logprob, rows, ids, temperature=divisor, return_entropy=return_entropy)
+            parts.append(out if isinstance(out, tuple) else (out, torch.zeros_like(out)))
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    hidden = tokens.hidden(model)
+    layer: Any = model.get_output_embeddings()
     with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
-        out = head.apply(linear_logprob, hidden[rows], targets, temperature=temperature, return_entropy=return_entropy)
+        logprob, entropy = through(layer, layer, score, hidden)
+    return tokens.spread(logprob), tokens.spread(entropy)
 
-    # 4. Back to the tokens of each sequence.
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(live.shape).masked_scatter(live, values[slot])
 
-    logprob, entropy = out if isinstance(out, tuple) else (out, None)
-    return spread(logprob), None if entropy is None else spread(entropy)
+def through(
+    called: nn.Module, module: nn.Module, answer: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two real tensors of one shape and dtype that ``answer`` returns, called as the forward of ``module`` by ``called``.
+
+    ``called`` is ``module`` or wraps it. Hooks and wrappers run around the answer: weights are gathered, inputs cast, gradients
+    synchronised. A policy of mixed precision would also round what comes out; it doesn't touch complex numbers.
+    """
+    with answering(module, lambda *args: torch.complex(*answer(*args))):
+        both = called(*inputs)
+    return both.real, both.imag
 
 
 @contextmanager
-def answering(model: PreTrainedModel, answer: Callable[[], Any]) -> Iterator[None]:
-    """In this context ``model()`` returns ``answer()``, which calls the decoder.
+def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+    """In this context ``module(*args)`` returns ``answer(*args)``. While it answers, the module has its own forward.
 
-    Wrappers still run around it, so gradients are synchronised and dtypes cast.
+    Keywords are dropped: PEFT's call names all that it hands on.
     """
-    own = vars(model).get("forward")
-    model.forward = lambda *_, **__: answer()  # type: ignore[method-assign]
+    own = vars(module).get("forward")
+
+    def restore() -> None:
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+    def forward(*args: Any, **_: Any) -> Any:
+        restore()
+        try:
+            return answer(*args)
+        finally:
+            module.forward = forward
+
+    module.forward = forward
     try:
         yield
     finally:
-        del model.forward
-        if own is not None:
-            model.forward = own  # type: ignore[method-assign]
+        restore()

@@ -3,40 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
-from quietstar.group_rl.completions import answering, end_logprobs
+from quietstar.group_rl.completions import EndTokens, answering, end_logprobs, through
 from quietstar.hf.architectures import check_model, no_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
 from quietstar.hf.lm_head import LMHead, find_lm_head
-from quietstar.hf.modules import unwrapped
+from quietstar.hf.modules import is_sharded, layer_checkpoints_off, unwrapped
 from quietstar.hf.verify import verify_once
-from quietstar_kernels.checks import Checker
+from quietstar_kernels.checks import INTEGERS, LARGEST_FP32, Checker, as_number, integer, shown
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead] = WeakKeyDictionary()
 
 
-def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor], temperature: float = 1.0) -> list[Tensor]:
+@overload
+def shared_logprobs(
+    model: nn.Module, sequences: Any, temperature: Any = ..., return_entropy: Literal[False] = ...,
+    cu_seqlens: Tensor | None = ..., max_rows: int | None = ...,
+) -> list[Tensor]: ...  # fmt: skip
+
+
+@overload
+def shared_logprobs(
+    model: nn.Module, sequences: Any, temperature: Any = ..., *, return_entropy: Literal[True],
+    cu_seqlens: Tensor | None = ..., max_rows: int | None = ...,
+) -> tuple[list[Tensor], list[Tensor]]: ...  # fmt: skip
+
+
+def shared_logprobs(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int] | Tensor] | Tensor,
+    temperature: float | Tensor | Sequence[float | Tensor] = 1.0,
+    return_entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_rows: int | None = None,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Log-probabilities of every token of every sequence but the first, given those before it, in nats. Differentiable.
 
     A prompt, a turn or an attempt that several sequences begin with is computed once, forward and backward. The results are
     those of a forward for each sequence, up to rounding.
 
+    With several processes each makes the same number of calls, with sequences of its own. One without any passes a sequence of
+    one token: its result is empty, and its ``backward`` takes part in the sums over processes.
+
     Args:
         model: a decoder with ``attn_implementation="quietstar"``; call ``quietstar.register_attention("sdpa")`` before it is
-            loaded. It may be wrapped, by PEFT or DistributedDataParallel for example. The first call checks the model: make one
-            before its weights are sharded.
-        sequences: token ids of each, as lists or integer tensors [T].
-        temperature: divides the logits.
+            loaded. It may be wrapped, by PEFT or DistributedDataParallel for example, and sharded by FSDP2. The first call
+            checks the model.
+        sequences: token ids of each, as lists or integer tensors [T]; with ``cu_seqlens`` all one after another, [total] or
+            [1,total].
+        temperature: divides the logits: a number, one for each sequence, or for each sequence those of its tokens, [T] (with
+            ``cu_seqlens`` [total] too), of which the first is not used. Constants. The head runs once for each distinct one.
+        return_entropy: also return the entropies of the distributions that predict the tokens, in nats, differentiable too.
+        cu_seqlens: integers [n+1] from 0 to total, where each sequence begins and the last ends.
+        max_rows: the most distinct tokens of a forward; a longer sequence has one to itself. Where there are several forwards,
+            a backward computes them again, one at a time. Prompts whose completions are in several are computed in each.
 
     Returns:
-        For each sequence, fp32 [T-1] (fp64 for fp64 models), on the model's device.
+        For each sequence, fp32 [T-1] (fp64 for fp64 models), on the model's device. With ``return_entropy`` two such lists.
 
     Raises:
         ValueError: another attention, a model that can't think, a sequence that isn't integers [T], or another temperature.
@@ -47,17 +81,125 @@ def shared_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor
     inner = unwrapped(whole)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise no_model("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", whole)
+    # 1. The sequences, their temperatures, and the forwards that they take.
     check = Checker("shared_logprobs")
-    given, temperature = check.sequences(sequences), check.temperature(temperature)
+    given = check.sequences(sequences if cu_seqlens is None else _split(check, sequences, cu_seqlens))
+    temperatures = _temperatures(check, temperature, given, cu_seqlens is not None)
+    most = None if max_rows is None else integer("shared_logprobs: max_rows", max_rows, 1)
+    if not given and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
+    parts = _parts(given, most) if any(map(len, given)) else []
     if inner not in _heads:
+        _check(model, whole, inner)
+    forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
+    # 2. Trees on the host. Where there is nothing left to score, one token runs, and nobody reads the result.
+    counts = [max(len(ids) - 1, 0) for ids in given]
+    live = torch.arange(max(counts, default=0), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
+    trees = [EndTokens.of([given[i] for i in part], live[part], [temperatures[i] for i in part]) for part in parts]
+    nothing = torch.zeros(1, live.shape[1], dtype=torch.bool, device="cpu")
+    token = torch.zeros(1, dtype=torch.int64, device="cpu")
+    trees += [EndTokens.of([token], nothing, [token.double()])] * (forwards - len(parts))
+
+    # 3. The forwards, inside of what wraps the model.
+    def one(tokens: EndTokens) -> tuple[Tensor, Tensor]:
+        with layer_checkpoints_off(inner) if len(trees) > 1 else nullcontext():
+            return end_logprobs(inner, _heads[inner], tokens, return_entropy)
+
+    def answer() -> tuple[Tensor, Tensor]:
+        if len(trees) == 1 or not torch.is_grad_enabled():
+            found = [one(tokens) for tokens in trees]
+        else:
+            with set_checkpoint_early_stop(False):  # FSDP2 waits for the end of a layer's forward
+                found = [checkpoint(one, tokens, use_reentrant=False) for tokens in trees]
+        logprobs, entropies = zip(*found, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    both = through(model, inner, answer)
+    # 4. Back to the order of the sequences.
+    row = {i: place for place, i in enumerate(i for part in parts for i in part)}
+    logprobs, entropies = ([x[row.get(i, 0), :count] for i, count in enumerate(counts)] for x in both)
+    return (logprobs, entropies) if return_entropy else logprobs
+
+
+def _check(model: nn.Module, whole: Any, inner: PreTrainedModel) -> None:
+    """Check a model, and find its head."""
+
+    def check() -> None:
         check_model(whole)
         hand_on_layout(inner)
         verify_once(inner)
         _heads[inner] = find_lm_head(inner)
-    if not any(map(len, given)):
-        return [torch.zeros(0, device=inner.device) for _ in given]
-    counts = torch.tensor([len(ids) - 1 for ids in given], device="cpu").clamp(min=0)
-    live = torch.arange(int(counts.max()), device="cpu") < counts[:, None]
-    with answering(inner, partial(end_logprobs, inner, _heads[inner], given, live, temperature)):
-        logprobs, _ = model()
-    return [row[:count] for row, count in zip(logprobs, counts.tolist(), strict=True)]
+
+    if not is_sharded(inner):
+        return check()
+    with torch.no_grad(), answering(inner, check):  # inside a forward, where the weights outside of layers are gathered
+        model()
+
+
+def _split(check: Checker, packed: Any, cu_seqlens: Any) -> list[Tensor]:
+    """The sequences of packed token ids [total] or [1,total]."""
+    ids, ends = (torch.as_tensor(x, device="cpu") for x in (packed, cu_seqlens))
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1:
+        raise check.fail(f"with cu_seqlens, sequences must be one tensor [total] or [1,total], got {shown(packed)}")
+    fits = ends.ndim == 1 and ends.dtype in INTEGERS and len(ends) > 0 and ends[0] == 0 and ends[-1] == len(ids)
+    if not fits or (ends[1:] < ends[:-1]).any():
+        raise check.fail(f"cu_seqlens must be integers [n+1] that grow from 0 to total={len(ids)}, got {shown(cu_seqlens)}")
+    return list(ids.split(ends.diff().tolist()))
+
+
+def _temperatures(check: Checker, value: Any, sequences: list[Tensor], packed: bool) -> list[Tensor]:
+    """fp64 [T] for each sequence."""
+    lengths = [len(ids) for ids in sequences]
+    if as_number(value) is not None:
+        value = [check.temperature(value)] * len(lengths)
+    elif packed and isinstance(value, Tensor) and value.numel() == sum(lengths) != len(lengths):
+        value = value.flatten().split(lengths)
+    wanted = "temperature must be a positive number, one for each sequence, or for each sequence those of its tokens"
+    try:
+        parts = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in value]
+    except (TypeError, ValueError, RuntimeError):
+        raise check.fail(f"{wanted}, got {shown(value)}") from None
+    if len(parts) != len(lengths):
+        raise check.fail(f"{wanted}, got {len(parts)} for {len(lengths)} sequences")
+    for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        if part.shape not in ((), (length,)):
+            raise check.fail(f"{wanted}, got {list(part.shape)} for the {length} tokens of sequence {i}")
+        if part.requires_grad:
+            raise check.fail("temperature must be constant, got a tensor that requires grad: detach it")
+        if not ((part > 0) & (part <= LARGEST_FP32)).all():
+            raise check.fail(f"temperature must be positive and finite, got {float(part.min()):g} in sequence {i}")
+    return [part.expand(length) for part, length in zip(parts, lengths, strict=True)]
+
+
+def _parts(sequences: list[Tensor], max_rows: int | None) -> list[list[int]]:
+    """The sequences of each forward, those that begin alike next to one another."""
+    if max_rows is None:
+        return [list(range(len(sequences)))]
+    padded = pad_sequence(sequences, True, torch.iinfo(torch.int64).min)
+    order = padded.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+    padded = padded[order]
+    alike = [0, *(padded[1:] == padded[:-1]).cumprod(1).sum(1).tolist()]  # tokens with which the one before begins too
+    parts: list[list[int]] = [[]]
+    rows = 0
+    for i, begun in zip(order.tolist(), alike, strict=True):
+        new = max(len(sequences[i]) - begun, 0)
+        if rows and rows + new > max_rows:
+            parts.append([])
+            rows, new = 0, len(sequences[i])
+        parts[-1].append(i)
+        rows += new
+    return parts
+
+
+def _most_of_all(model: PreTrainedModel, count: int) -> int:
+    """The largest count of the processes that gather weights from one another, so that all run the model as often."""
+    if not is_sharded(model):
+        return count
+    meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+    groups = meshes[0].get_all_groups() if meshes else [None]
+    most = torch.tensor(count, device=meshes[0].device_type if meshes else model.device)
+    for group in groups:
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return int(most)

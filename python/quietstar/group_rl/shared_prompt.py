@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from quietstar.group_rl.completions import answering, end_logprobs, without_padding
+from quietstar.group_rl.completions import EndTokens, end_logprobs, through, without_padding
 from quietstar.group_rl.likelihood_reward import LikelihoodReward
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
@@ -84,17 +84,16 @@ class SharedPrompts(Trainer):
             unmark_gguf(unwrapped(model))
         super().__init__(*args, **kwargs)
         self._check_options()
-        models: list[Any] = [self.model]
-        if self.ref_model is not None:
-            models.append(self.accelerator.unwrap_model(self.ref_model))
-        for model in models:
-            check_model(model)
-            adapters.check_rows(model)
-            verify_once(unwrapped(model))
+        check_model(self.model)
+        adapters.check_rows(self.model)
+        verify_once(unwrapped(self.model))
+        head = find_lm_head(unwrapped(self.model))
+        # The reference model is of the same class, and sharded already where weights are.
+        models = [self.model] + ([] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)])
         for model in models:
             model.set_attn_implementation(WRAPPED_NAME)
             hand_on_layout(unwrapped(model))
-        self._heads = {unwrapped(model): find_lm_head(unwrapped(model)) for model in models}
+        self._heads = {unwrapped(model): head for model in models}
         for reward in self.reward_funcs:
             if isinstance(reward, LikelihoodReward):
                 reward.trainer = self
@@ -111,7 +110,16 @@ class SharedPrompts(Trainer):
 
     def _check_options(self) -> None:
         for refused, why in (
-            (self.is_fsdp_enabled or self.is_deepspeed_enabled, "weights can't be sharded here: leave out fsdp and deepspeed"),
+            (self.is_deepspeed_enabled, "DeepSpeed can't run here: shard weights with FSDP2, or leave out deepspeed"),
+            (
+                self.is_fsdp_enabled and not self.accelerator.is_fsdp2,
+                "FSDP1 can't run here: set fsdp_version: 2 in Accelerate's configuration",
+            ),
+            (
+                any(getattr(self.accelerator.parallelism_config, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp"))
+                or getattr(unwrapped(self.model), "tp_size", None),
+                "layers and texts can't be divided over ranks: leave out tensor, context and sequence parallelism",
+            ),
             (getattr(self, "_is_vlm", False), "prompts must be text alone, got a processor of images"),
             (self.aux_loss_enabled, "the router's loss counts repeated prompts: set router_aux_loss_coef=0"),
             (self.args.use_liger_kernel, "liger's layers don't take a layout: leave out use_liger_kernel"),
@@ -181,7 +189,7 @@ class SharedPrompts(Trainer):
         parts: list[Any] = []
         for chunk in order.split(batch_size or len(order)):
             sequences, live = without_padding(input_ids[chunk], attention_mask[chunk], logits_to_keep)
-            parts.append(self.end_logprobs(model, sequences, live, self.temperature, compute_entropy))
+            parts.append(self.end_logprobs(model, sequences, live, float(self.temperature), compute_entropy))
         back = order.argsort()
         logprob, entropy = ([part[i] for part in parts] for i in range(2))
         # In fp32, as TRL's for fp64 models too, which it compares with a quantile of theirs in fp32.
@@ -189,14 +197,14 @@ class SharedPrompts(Trainer):
 
     def end_logprobs(
         self, model: Any, sequences: list[Tensor], live: Tensor, temperature: float = 1.0, return_entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """``quietstar.group_rl.completions.end_logprobs`` of a model of the trainer, through what wraps it, in its dtypes."""
         inner = unwrapped(self.accelerator.unwrap_model(model))
         in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
-        arguments = (inner, self._heads[inner], sequences, live, temperature, return_entropy, not in_fp32)
-        answer = functools.partial(end_logprobs, *arguments)
-        with self.accelerator.autocast(), answering(inner, answer):
-            return model()  # forward is replaced: this runs end_logprobs inside the wrappers
+        tokens = EndTokens.of(sequences, live, [ids.new_full(ids.shape, temperature, dtype=torch.float64) for ids in sequences])
+        answer = functools.partial(end_logprobs, inner, self._heads[inner], tokens, return_entropy, not in_fp32)
+        with self.accelerator.autocast():
+            return through(model, inner, answer)
 
 
 def _alike_together(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -85,7 +85,10 @@ def note_tie(model: PreTrainedModel) -> None:
 
 
 def find_lm_head(model: PreTrainedModel) -> LMHead:
-    """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens."""
+    """Read the scale and soft cap from the config, and check them against the model's own logits on four tokens.
+
+    Of a sharded model inside a forward, which gathers the weights outside of layers.
+    """
     linear = output_layer(model)
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
@@ -94,14 +97,14 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     scales = [factor, 1 / scaling if scaling else None, scaling, None]
     candidates = [LMHead(linear, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
 
-    ids = torch.arange(4, device=linear.weight.device)[None] % linear.weight.shape[0]
+    ids = torch.arange(4, device=linear.weight.device)[None] % linear.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.no_grad(), dropout_off(model):
         hidden = backbone(model)(**inputs).last_hidden_state
-        truth = model(**inputs).logits.float()
+        truth = model.forward(**inputs).logits.float()
         if not bool(truth.isfinite().all()):
             raise not_finite(model, "on its first tokens")
-        tolerance = 1e-2 if linear.weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        tolerance = 1e-2 if hidden.dtype in (torch.float16, torch.bfloat16) else 1e-4
         for head in candidates:
             if (head.logits(hidden).float() - truth).abs().max() <= tolerance * truth.abs().max():
                 return head

@@ -29,6 +29,11 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.base_model if model.base_model is not model else model.model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of its weights are divided over processes, by FSDP2 or ZeRO-3, and gathered where a module runs."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 def unmark_gguf(model: PreTrainedModel) -> None:
     """Make transformers save a model from a GGUF file, which it calls quantized even after it has unpacked the weights."""
     quantization = getattr(model.config, "quantization_config", None)
