@@ -117,8 +117,8 @@ def end(running, seconds):
     return errors
 
 
-def run_in_processes(jobs, processes, folder, seconds=600):
-    """What ``run_job`` returned for each job, in each process.
+def run_in_processes(jobs, processes, folder, seconds=600, script=__file__):
+    """What ``run_job``, or another script's, returned for each job, in each process.
 
     Once, and in no launch that looked for it, a process vanished inside a gather: "A process that vanished" in docs/log.md.
     If a signal ends one, that is a warning with its stacks; twice in a row, it is an error.
@@ -126,7 +126,7 @@ def run_in_processes(jobs, processes, folder, seconds=600):
     file = Path(folder) / "jobs.json"
     file.write_text(json.dumps(jobs))
     for last in (False, True):
-        running = start([__file__, str(file)], processes)
+        running = start([script, str(file)], processes)
         errors = end(running, seconds)
         codes = [process.returncode for process in running]
         message = f"exit codes {codes}\n" + "\n".join(errors)
