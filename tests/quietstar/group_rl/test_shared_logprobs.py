@@ -1,6 +1,7 @@
 """shared_logprobs: what a forward for each sequence gives, gradients too, with each shared token computed once."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -26,27 +27,68 @@ def model(tiny):
     return make
 
 
-def one_by_one(model, sequences, temperature=1.0):
+def one_by_one(model, sequences, temperatures=1.0):
+    """Log-probabilities and entropies; ``temperatures`` is a number, or tensors [T-1]."""
     found = []
-    for ids in map(torch.tensor, sequences):
-        logits = model(ids[None]).logits[0, :-1].float() / temperature
-        found.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-    return found
+    for i, ids in enumerate(map(torch.tensor, sequences)):
+        temperature = temperatures if isinstance(temperatures, float) else temperatures[i][:, None]
+        all_logprobs = (model(ids[None]).logits[0, :-1].float() / temperature).log_softmax(-1)
+        found.append((all_logprobs.gather(1, ids[1:, None])[:, 0], -(all_logprobs.exp() * all_logprobs).sum(-1)))
+    return [list(values) for values in zip(*found, strict=True)]
+
+
+def check_equal(shared, plain, sequences, temperatures=1.0, **options):
+    """Values, entropies, and gradients of a loss of both."""
+    got = quietstar.shared_logprobs(shared, sequences, return_entropy=True, **options)
+    want = one_by_one(plain, SEQUENCES, temperatures)
+    for values, entropies in (got, want):
+        weights = [torch.randn(len(x), generator=torch.Generator().manual_seed(i)) for i, x in enumerate(values)]
+        sum((w * x + w.flip(0) * h).sum() for w, x, h in zip(weights, values, entropies, strict=True)).backward()
+    for ours, theirs in zip(got, want, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    for (what, x), y in zip(shared.named_parameters(), plain.parameters(), strict=True):
+        assert (x.grad is None) == (y.grad is None), what
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, y.grad, atol=2e-5, rtol=1e-4, msg=lambda m, what=what: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("name, changes", [("llama", {}), ("gemma2", {"sliding_window": 3}), ("gpt2", {})])
 def test_equals_a_forward_for_each(model, name, changes):
-    shared, plain = model(name, **changes)
-    weights = [torch.randn(len(x) - 1, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(SEQUENCES)]
-    for one, run in ((shared, quietstar.shared_logprobs), (plain, one_by_one)):
-        one.results = run(one, SEQUENCES, temperature=0.7)
-        sum((weight * x).sum() for weight, x in zip(weights, one.results, strict=True)).backward()
-    for got, want in zip(shared.results, plain.results, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    for (what, x), y in zip(shared.named_parameters(), plain.parameters(), strict=True):
-        assert (x.grad is None) == (y.grad is None), what
-        if x.grad is not None:
-            torch.testing.assert_close(x.grad, y.grad, atol=1e-5, rtol=1e-4, msg=lambda m, what=what: f"{what}: {m}")
+    check_equal(*model(name, **changes), SEQUENCES, 0.7, temperature=0.7)
+
+
+def test_temperatures(model):
+    """One for each sequence, and one for each token; a soft cap comes before them."""
+    each = [0.5, 2.0, 0.5, 1.0, 1.0, 0.7, 3.0]
+    of_tokens = [torch.full((len(x) - 1,), t) for x, t in zip(SEQUENCES, each, strict=True)]
+    check_equal(*model("gemma2"), SEQUENCES, of_tokens, temperature=each)
+    tokens = [torch.rand(len(x), generator=torch.Generator().manual_seed(i)) + 0.5 for i, x in enumerate(SEQUENCES)]
+    check_equal(*model("llama"), SEQUENCES, [x[1:] for x in tokens], temperature=tokens)
+
+
+def test_packed_sequences(model):
+    shared, plain = model("llama")
+    ends = torch.tensor([0, *map(len, SEQUENCES)]).cumsum(0)
+    tokens = [torch.rand(len(x), generator=torch.Generator().manual_seed(i)) + 0.5 for i, x in enumerate(SEQUENCES)]
+    packed = torch.tensor(sum(SEQUENCES, []))
+    check_equal(shared, plain, packed[None], [x[1:] for x in tokens], temperature=torch.cat(tokens), cu_seqlens=ends)
+
+
+@pytest.mark.parametrize("max_rows", [1, 8, 100])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_cut_by_rows(model, max_rows, checkpointed):
+    shared, plain = model("llama")
+    shared.train(checkpointed)
+    if checkpointed:
+        shared.gradient_checkpointing_enable()
+    rows = []
+    shared.get_input_embeddings().register_forward_hook(lambda module, inputs, out: rows.append(inputs[0].numel()))
+    quietstar.shared_logprobs(shared, [[1, 2]])  # checks the model
+    rows.clear()
+    check_equal(shared, plain, SEQUENCES, max_rows=max_rows)
+    assert max(rows) <= max(max_rows, max(map(len, SEQUENCES)))
+    assert len(rows) == {1: 14, 8: 6, 100: 1}[max_rows]  # several are computed again in the backward
 
 
 @pytest.fixture
@@ -64,7 +106,7 @@ def test_wrapped_models(model, one_process, wrap):
     wrapped = wrap(shared)
     calls = []
     wrapped.register_forward_hook(lambda *_: calls.append(1))
-    for values in (quietstar.shared_logprobs(wrapped, SEQUENCES), one_by_one(plain, SEQUENCES)):
+    for values in (quietstar.shared_logprobs(wrapped, SEQUENCES), one_by_one(plain, SEQUENCES)[0]):
         sum(x.sum() for x in values).backward()
     assert calls == [1] and "forward" not in vars(shared)
     for x, y in zip(wrapped.parameters(), plain.parameters(), strict=True):
@@ -88,6 +130,26 @@ def test_another_attention_is_refused(tiny):
 def test_sequences_must_be_integers(model):
     with pytest.raises(ValueError, match=r"^shared_logprobs: sequence 1 must be integers \[T\], got torch.float32 \[2\]$"):
         quietstar.shared_logprobs(model("llama")[0], [[1, 2], [1, 0.5]])
+
+
+WRONG = {
+    "cu_seqlens must be integers [n+1] that grow from 0 to total=3": {
+        "sequences": [1, 2, 3],
+        "cu_seqlens": torch.tensor([0, 2]),
+    },
+    "with cu_seqlens, sequences must be one tensor": {"sequences": [[1, 2], [3, 4]], "cu_seqlens": torch.tensor([0, 2, 4])},
+    "temperature must be a positive finite number": {"temperature": 0.0},
+    "temperature must be positive and finite": {"temperature": [1.0, -1.0]},
+    "temperature must be a positive number, one for each sequence": {"temperature": [1.0, 1.0, 1.0]},
+    "temperature must be constant": {"temperature": torch.ones(2, requires_grad=True)},
+    "max_rows must be 1 or more": {"max_rows": 0},
+}
+
+
+@pytest.mark.parametrize("message, arguments", WRONG.items(), ids=range(len(WRONG)))
+def test_wrong_arguments(model, message, arguments):
+    with pytest.raises(ValueError, match=f"^shared_logprobs: {re.escape(message)}"):
+        quietstar.shared_logprobs(model("llama")[0], **{"sequences": [[1, 2], [1, 3]]} | arguments)
 
 
 def test_nothing_to_score(model):
