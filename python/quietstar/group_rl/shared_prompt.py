@@ -116,8 +116,7 @@ class SharedPrompts(Trainer):
                 "FSDP1 can't run here: set fsdp_version: 2 in Accelerate's configuration",
             ),
             (
-                any(getattr(self.accelerator.parallelism_config, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp"))
-                or getattr(unwrapped(self.model), "tp_size", None),
+                any(getattr(self.accelerator.parallelism_config, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
                 "layers and texts can't be divided over ranks: leave out tensor, context and sequence parallelism",
             ),
             (getattr(self, "_is_vlm", False), "prompts must be text alone, got a processor of images"),

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 
 pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
@@ -370,6 +371,19 @@ REFUSED = {
 def test_refused_options(tiny, trainer, options, message):
     with pytest.raises(ValueError, match=f"^SharedGRPO: .*{message}$"):
         trainer(SharedGRPO, tiny("llama"), **options)
+
+
+def test_refused_sharding(tiny, trainer, monkeypatch):
+    """Accelerate offers these on GPUs alone, so its state is set by hand."""
+    made = trainer(SharedGRPO, tiny("llama"))
+    for name in ("tp", "cp", "sp"):
+        monkeypatch.setattr(made.accelerator.state, "parallelism_config", ParallelismConfig(**{f"{name}_size": 2}))
+        with pytest.raises(ValueError, match="^SharedGRPO: .*leave out tensor, context and sequence parallelism$"):
+            made._check_options()
+    monkeypatch.setattr(made.accelerator.state, "parallelism_config", None)
+    monkeypatch.setattr(made, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="^SharedGRPO: FSDP1 .*set fsdp_version: 2 in Accelerate's configuration$"):
+        made._check_options()
 
 
 def test_refused_models(tiny, trainer):
