@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
-from quietstar.hf.modules import embeddings
+from quietstar.hf.modules import device_of, embeddings
 from quietstar_kernels import ThoughtLayout, linear_logprob
 from quietstar_kernels.checks import INTEGERS, MASKS, integer, tensor
 
@@ -110,11 +110,11 @@ class EndTokens:
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """[U,D], the last hidden states that predict the tokens: one forward of a model with attention "quietstar"."""
-        layout = self.layout.to(model.device)
+        layout = self.layout.to(device_of(model))
         packed = PackedPass(layout)
         packed.positions = self.positions
-        embeds = embeddings(model)(self.token_ids.to(model.device))
-        return decode_rows(model, embeds, layout.position_ids(), packed)[0, self.rows.to(model.device)]
+        embeds = embeddings(model)(self.token_ids.to(layout.device))
+        return decode_rows(model, embeds, layout.position_ids(), packed)[0, self.rows.to(layout.device)]
 
     def spread(self, values: Tensor) -> Tensor:
         """Values [U] of the tokens as those of each sequence, [B,T]; 0 where ``live`` is False."""
@@ -136,7 +136,7 @@ def end_logprobs(
     """
     counts = [count for _, count in tokens.temperatures] or [0]
     divisors = [temperature for temperature, _ in tokens.temperatures] or [1.0]
-    targets = tokens.targets.to(model.device)
+    targets = tokens.targets.to(device_of(model))
 
     def score(hidden: Tensor) -> tuple[Tensor, Tensor]:
         own, parts = head.of(model), []
@@ -172,21 +172,22 @@ def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
 
     Keywords are dropped: PEFT's call names all that it hands on.
     """
-    own = vars(module).get("forward")
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # what Accelerate's hooks for offloading call
+    own = vars(module).get(name)
 
     def restore() -> None:
-        vars(module).pop("forward", None)
+        vars(module).pop(name, None)
         if own is not None:
-            module.forward = own
+            setattr(module, name, own)
 
     def forward(*args: Any, **_: Any) -> Any:
         restore()
         try:
             return answer(*args)
         finally:
-            module.forward = forward
+            setattr(module, name, forward)
 
-    module.forward = forward
+    setattr(module, name, forward)
     try:
         yield
     finally:

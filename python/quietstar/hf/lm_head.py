@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar.hf.modules import backbone, dropout_off, not_finite, unwrapped
+from quietstar.hf.modules import backbone, device_of, dropout_off, not_finite, unwrapped
 from quietstar_kernels import linear_logprob, sample_token
 
 
@@ -97,7 +97,7 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     scales = [factor, 1 / scaling if scaling else None, scaling, None]
     candidates = [LMHead(linear, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
 
-    ids = torch.arange(4, device=linear.weight.device)[None] % linear.out_features
+    ids = torch.arange(4, device=device_of(model))[None] % linear.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with torch.no_grad(), dropout_off(model):
         hidden = backbone(model)(**inputs).last_hidden_state

@@ -29,6 +29,13 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.base_model if model.base_model is not model else model.model
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model computes: where its token embeddings are, or are moved to for each call, by Accelerate's offloading."""
+    embed = embeddings(model)
+    moved_to = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
+    return embed.weight.device if moved_to is None else torch.device(moved_to)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether some of its weights are divided over processes, by FSDP2 or ZeRO-3, and gathered where a module runs."""
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())

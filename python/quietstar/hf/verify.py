@@ -19,7 +19,7 @@ from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import PackedPass, TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import backbone, dropout_off, embeddings, not_finite
+from quietstar.hf.modules import backbone, device_of, dropout_off, embeddings, not_finite
 from quietstar_kernels import ThoughtLayout
 
 _TEXT, _ROWS, _THOUGHTS = 12, 4, 2
@@ -91,7 +91,7 @@ def verify_once(model: PreTrainedModel) -> None:
 
 def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
     embed = embeddings(model)
-    device, V = embed.weight.device, embed.num_embeddings
+    device, V = device_of(model), embed.num_embeddings
     generator = torch.Generator().manual_seed(seed)
     text_ids = torch.randint(V, (1, _TEXT), generator=generator).to(device)
     anchors = torch.tensor([[0, _TEXT // 2, _TEXT - 1]], device=device)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,6 +112,17 @@ def test_wrapped_models(model, one_process, wrap):
     assert calls == [1] and "forward" not in vars(shared)
     for x, y in zip(wrapped.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(getattr(x.grad, "full_tensor", lambda x=x: x.grad)(), y.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_offloaded_weights(model):
+    """Accelerate moves the weights of a module to where it runs, for each of its calls."""
+    shared, _ = model("llama")
+    want = quietstar.shared_logprobs(copy.deepcopy(shared), SEQUENCES)
+    offloaded = cpu_offload(shared, execution_device=torch.device("cpu"))
+    assert offloaded.lm_head.weight.is_meta
+    with torch.no_grad():
+        got = quietstar.shared_logprobs(offloaded, SEQUENCES)
+    assert all(map(torch.equal, got, want))
 
 
 def test_each_shared_token_is_computed_once(model):
