@@ -58,6 +58,7 @@ from quietstar.explanation.report import explain as explain
 from quietstar.group_rl.likelihood_reward import LikelihoodReward as LikelihoodReward
 from quietstar.group_rl.shared_logprobs import shared_logprobs as shared_logprobs
 from quietstar.group_rl.shared_prompt import SharedPrompts as SharedPrompts
+from quietstar.group_rl.tree_packing import register_tree_attention as register_tree_attention
 from quietstar.hf.attention import register_attention as register_attention
 from quietstar.hf.linear import fast_linear as fast_linear
 from quietstar.hf.verify import VerifyReport as VerifyReport

@@ -65,7 +65,7 @@ class MaskArguments:
         return self
 
 
-def _thought_forward(
+def thought_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -128,7 +128,7 @@ def _attention(without_layout: str) -> Callable[..., Any]:
         if layout is None and isinstance(attention_mask, MaskArguments):  # a tensor's ``layout`` is its memory format
             layout = attention_mask.layout
         if layout is not None:
-            return _thought_forward(module, query, key, value, attention_mask, thought_layout=layout, **kwargs)
+            return thought_forward(module, query, key, value, attention_mask, thought_layout=layout, **kwargs)
         if _was_passed():
             raise ValueError(
                 f"{type(module).__name__}: thought_layout was passed to the model but did not arrive at attention; "
