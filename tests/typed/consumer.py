@@ -15,6 +15,7 @@ from quietstar import (
     TokenLosses,
     TrainConfig,
     load_data,
+    register_tree_attention,
     shared_logprobs,
     summary,
     token_losses,
@@ -62,6 +63,7 @@ def wrapper(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: T
     assert_type(losses, TokenLosses)
     assert_type(summary(losses), dict[str, float])
     assert_type(shared_logprobs(model, [[1, 2], [1, 3]]), list[Tensor])
+    assert_type(register_tree_attention(), str)
     qs.save_pretrained(folder)
     assert_type(QuietStar.from_pretrained(folder), QuietStar)
     assert result.loss is not None

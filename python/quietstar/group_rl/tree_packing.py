@@ -127,9 +127,8 @@ def _peak_flops(peak: Callable[..., float | None], accelerator: Any, dtype: str)
 def _flops_per_token(count: Callable[..., int], config: Any, length: int) -> int:
     """TRL's, which expects names in a config of experts that GPT-OSS doesn't have."""
     config = copy(config)
-    for name, value in (("moe_intermediate_size", getattr(config, "intermediate_size", None)), ("decoder_sparse_step", 1)):
-        if not hasattr(config, name):
-            setattr(config, name, value)
+    config.moe_intermediate_size = getattr(config, "moe_intermediate_size", getattr(config, "intermediate_size", None))
+    config.decoder_sparse_step = getattr(config, "decoder_sparse_step", 1)
     return count(config, length)
 
 

@@ -81,7 +81,7 @@ def pack(samples):
     row = packing.TreeRow()
     for one in samples:
         row.add(one)
-    return row, row.pack()
+    return row.pack()
 
 
 def tensors(packed):
@@ -132,7 +132,7 @@ def compare(run, packed, options, dtype, atol):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("samples", ROWS.values(), ids=ROWS)
 def test_attention_over_a_row(name, samples, options):
-    _, packed = pack(samples)
+    packed = pack(samples)
 
     def run(q, k, v, **options):
         module = torch.nn.Module()
@@ -145,9 +145,10 @@ def test_attention_over_a_row(name, samples, options):
     compare(run, packed, options, torch.float32, 1e-5)
 
 
-def test_triton(name):
+@pytest.mark.kernels
+def test_triton():
     """The kernels that GPUs run, in Triton's interpreter."""
-    _, packed = pack(ROWS["several roots"])
+    packed = pack(ROWS["several roots"])
 
     def run(q, k, v, sliding_window, softcap, s_aux):
         one = TreeRowPass(*list(tensors(packed).values())[:3], 99)
@@ -174,7 +175,7 @@ def test_models(tiny, name, architecture, monkeypatch):
     model, samples = tiny(architecture, **changes), ROWS["several roots"]
     made = []
     monkeypatch.setattr(ThoughtLayout, "tree", lambda *x, tree=ThoughtLayout.tree, **y: made.append(1) or tree(*x, **y))
-    rows = {name: [pack(samples)[1]], "eager": [pack([one])[1] for one in samples]}
+    rows = {name: [pack(samples)], "eager": [pack([one]) for one in samples]}
     values, grads = {}, {}
     for attention, packed in rows.items():
         model.set_attn_implementation(attention)
@@ -254,7 +255,7 @@ def test_refused(name, monkeypatch):
     module = torch.nn.Module()
     module.config = type("Config", (), {"model_type": "falcon_h1"})
     with pytest.raises(ValueError, match="^model type 'falcon_h1' cannot think: it mixes positions outside attention"):
-        packing.tree_attention(module, *inputs(4, torch.float32), None, **tensors(pack(ROWS["a sample"])[1]))
+        packing.tree_attention(module, *inputs(4, torch.float32), None, **tensors(pack(ROWS["a sample"])))
     monkeypatch.setattr(packing, "tree_attention", lambda module, query, key, value, paths: None)
     with pytest.raises(ValueError, match=r"must be as in trl 1.16, got the parameters module, query, key, value, paths$"):
         quietstar.register_tree_attention()
