@@ -375,6 +375,8 @@ class TrainConfig:
     save_every: int = option(50, "steps between checkpoints; the last step is always saved", may_differ=True)
     keep: int = option(2, "number of checkpoints to keep", may_differ=True)
     tracker: str = option("", "one of Accelerate's trackers: tensorboard, wandb, ...; empty for none", may_differ=True)
+    tracker_project: str = option("", "the tracker's project; default: wandb's WANDB_PROJECT or quietstar", may_differ=True)
+    tracker_name: str = option("", "the run's name in it; default: wandb's WANDB_NAME or the name of out", may_differ=True)
 
     def __post_init__(self) -> None:
         owner = "TrainConfig"

@@ -159,7 +159,7 @@ class Run:
         # 4. What is written.
         self.settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
         if config.tracker:
-            trackers.begin(accelerator, config, again=resume is not None)
+            trackers.begin(accelerator, config, resume is not None, done)
         if checkpoint and resume == "auto" and self.main:
             # If the last save was killed before it did, and no other follows.
             places.remove_others(checkpoint, config.keep, later=False)

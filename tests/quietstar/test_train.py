@@ -94,11 +94,13 @@ def test_a_resumed_run_gives_the_unbroken_ones_metrics_bitwise(run, tmp_path):
     with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # killed while it wrote
     assert run("broken", resume="auto") == unbroken
+    run("grown", steps=2)
+    assert run("grown", resume="auto") == unbroken
     elsewhere = run("elsewhere", resume=tmp_path / "unbroken" / "checkpoints" / "step-000002")
     assert elsewhere == unbroken[2:]
-    for a, b in zip(places.every(tmp_path / "unbroken"), places.every(tmp_path / "broken"), strict=True):
+    for a, b, c in zip(*(places.every(tmp_path / name) for name in ("unbroken", "broken", "grown")), strict=True):
         for name in ("model.safetensors", "quietstar.safetensors", "optimizer.safetensors"):
-            assert (a / name).read_bytes() == (b / name).read_bytes()
+            assert (a / name).read_bytes() == (b / name).read_bytes() == (c / name).read_bytes()
 
 
 def test_another_config_or_model_is_refused(run):

@@ -14,7 +14,7 @@ from quietstar.config import TrainConfig
 from quietstar.files.reading import read_utf8
 from quietstar.files.writing import write_whole
 
-PROJECT, RUN_ID = "quietstar", "wandb-run-id"
+PROJECT = "quietstar"
 
 
 def check(config: TrainConfig) -> None:
@@ -23,22 +23,30 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
 
 
-def begin(accelerator: Accelerator, config: TrainConfig, again: bool) -> None:
-    """Begin to track a run or, if it is resumed, go on ``again`` with what wandb has of it.
+def begin(accelerator: Accelerator, config: TrainConfig, again: bool, done: int) -> None:
+    """Begin to track a run or, if it is resumed, go on ``again`` after ``done`` steps with what the tracker has of it.
 
-    wandb's variables win: WANDB_PROJECT, WANDB_NAME and WANDB_RUN_ID. By default a run is named after its folder.
+    wandb's variables are its defaults: WANDB_PROJECT, WANDB_NAME and WANDB_RUN_ID. wandb, trackio and mlflow know a run by an
+    id, which is kept in the run's folder.
     """
-    project, options = PROJECT, {}
-    if config.tracker == "wandb":
-        project = os.environ.get("WANDB_PROJECT") or PROJECT
-        if accelerator.is_main_process:
-            options = {"wandb": _wandb(Path(config.out), again)}
-    accelerator.init_trackers(project, config=config.__dict__.copy(), init_kwargs=options)
-
-
-def _wandb(out: Path, again: bool) -> dict[str, Any]:
-    file = out / RUN_ID
-    number = os.environ.get("WANDB_RUN_ID") or (read_utf8(file).strip() if again and file.exists() else uuid.uuid4().hex[:8])
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(file, number + "\n")
-    return {"id": number, "resume": "allow", "name": os.environ.get("WANDB_NAME") or out.resolve().name}
+    kind, out, main = config.tracker, Path(config.out), accelerator.is_main_process
+    project, name, chosen = (os.environ.get(f"WANDB_{x}") if kind == "wandb" else None for x in ("PROJECT", "NAME", "RUN_ID"))
+    name = config.tracker_name or name or out.resolve().name
+    file = out / f"{kind}-run-id"
+    saved = chosen or (read_utf8(file).strip() if again and main and file.exists() else None)
+    number = saved or uuid.uuid4().hex[:8]
+    options: dict[str, dict[str, Any]] = {
+        "wandb": {"id": number, "resume": "allow", "name": name},
+        "trackio": {"resume": "allow", "name": f"{name}-{number}"},  # it finds a run by its name
+        "mlflow": {"run_id": saved, "run_name": name},  # it makes the id
+        "tensorboard": {"purge_step": done + 1},  # of what was logged after the checkpoint
+    }
+    changes = not (kind == "mlflow" and saved)  # its runs keep the values that they began with
+    accelerator.init_trackers(
+        config.tracker_project or project or PROJECT, config=config.__dict__.copy() if changes else None, init_kwargs=options
+    )
+    if main and kind in ("wandb", "trackio", "mlflow"):
+        if kind == "mlflow":
+            number = accelerator.get_tracker(kind, unwrap=True).info.run_id
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, number + "\n")

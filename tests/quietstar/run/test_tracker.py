@@ -1,5 +1,8 @@
 """A run's figures go to one of Accelerate's trackers too."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import tracking
@@ -33,9 +36,9 @@ def run(tiny, tmp_path, monkeypatch):
     qs = QuietStar(tiny("llama"), ThoughtConfig(thoughts=1, thought_tokens=2, lookahead=2), verify=False)
     data = [{"input_ids": torch.arange(3, 10)}] * 4
 
-    def run(tracker, **options):
-        config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=2, tracker=tracker)
-        return train(qs, data, config, progress=False, **options)
+    def run(tracker, resume=None, **options):
+        config = TrainConfig(**{"out": str(tmp_path / "run"), "steps": 2, "batch_size": 2, "tracker": tracker} | options)
+        return train(qs, data, config, progress=False, resume=resume)
 
     return run
 
@@ -46,28 +49,68 @@ def test_each_step_is_logged(run):
     assert LINES[1:] == [(line["step"], line["loss"]) for line in lines]
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(run, monkeypatch):
-    begun = []
-
-    class StandIn(ListTracker):
-        name = "wandb"
-
-        def __init__(self, run_name, **options):
-            super().__init__(run_name)
-            begun.append((run_name, options["id"], options["resume"], options["name"]))
-
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", StandIn)
-    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+@pytest.fixture
+def begun(monkeypatch):
+    """``begun(kind)``: the name and options of each run that a stand-in for this tracker begins, and the values it is given."""
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+
+    def begun(kind):
+        runs, values = [], []
+
+        class StandIn(ListTracker):
+            name = kind
+
+            def __init__(self, project, /, **options):
+                super().__init__(project)
+                runs.append((project, options))
+                number = options.get("run_id") or f"made-{len(runs)}"  # of mlflow
+                self.tracker = SimpleNamespace(info=SimpleNamespace(run_id=number))
+
+            def store_init_configuration(self, config):
+                values.append(config)
+
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, kind, StandIn)
+        monkeypatch.setattr(tracking, "_available_trackers", [LoggerType(kind)])
+        return runs, values
+
+    return begun
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(run, begun, monkeypatch):
+    runs, _ = begun("wandb")
     run("wandb")
     run("wandb", resume="auto")
-    first, again = begun
-    assert first == again == ("quietstar", first[1], "allow", "run") and len(first[1]) == 8
+    first, again = runs
+    assert first == again == ("quietstar", {"id": first[1]["id"], "resume": "allow", "name": "run"})
+    run("wandb")
+    assert len({first[1]["id"], runs[-1][1]["id"], ""}) == 3  # a new run in the same folder
     for name, value in (("WANDB_PROJECT", "mine"), ("WANDB_NAME", "third"), ("WANDB_RUN_ID", "abc")):
         monkeypatch.setenv(name, value)
     run("wandb", resume="auto")
-    assert begun[-1] == ("mine", "abc", "allow", "third")
+    assert runs[-1] == ("mine", {"id": "abc", "resume": "allow", "name": "third"})
+    run("wandb", resume="auto", tracker_project="typed", tracker_name="fourth")
+    assert runs[-1] == ("typed", {"id": "abc", "resume": "allow", "name": "fourth"})
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_other_trackers(run, begun):
+    runs, _ = begun("trackio")
+    run("trackio", tracker_project="mine", tracker_name="first")
+    run("trackio", tracker_project="mine", tracker_name="first", resume="auto")
+    assert runs[0] == runs[1] and runs[0][0] == "mine"
+    assert re.fullmatch("first-[0-9a-f]{8}", runs[0][1]["name"]) and runs[0][1]["resume"] == "allow"
+
+    runs, values = begun("mlflow")
+    run("mlflow")
+    for steps in (2, 3):  # it refuses another value of steps for the same run
+        run("mlflow", resume="auto", steps=steps)
+    again = ("quietstar", {"run_id": "made-1", "run_name": "run"})
+    assert runs == [("quietstar", {"run_id": None, "run_name": "run"}), again, again] and len(values) == 1
+
+    runs, _ = begun("tensorboard")
+    run("tensorboard")
+    run("tensorboard", resume="auto")
+    assert runs == [("quietstar", {"purge_step": 1}), ("quietstar", {"purge_step": 3})]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(run, monkeypatch):
