@@ -48,14 +48,14 @@ class Head(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward of ``linear_logprob`` saves for its backward.
+    """What the forward of ``linear_logprob`` saves for its backward; over ranks, entropy and LSE of the whole vocabulary.
 
     Attributes:
         entropy: [R]; 0 if it was not asked for.
         largest: [R], the largest logit.
         log_total: [R], the log of the sum of exp(logit - largest). The two are the LSE of the logits; their sum would round.
         kept: the logits, in a form of the back end's own; None if it kept none.
-        kept_rows: what the back end keeps of each row besides.
+        kept_rows: besides, for each row the log-probability of its target, then factors from what is kept to probabilities.
     """
 
     entropy: Tensor

@@ -131,7 +131,8 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
     """The log-probability of ``targets`` [R], 0 where that is -100, and the fields of ``Saved``.
 
-    Asked to ``keep`` its logits, a back end returns them in the last two. This one never keeps any.
+    Asked to ``keep`` its logits, a back end returns them in the last two. This one never keeps any. Of another negative target,
+    whose logit is not among these, the log-probability is not defined, and the backward has its other terms.
     """
     logits = final_logits(hidden, head)
     largest = logits.amax(-1)
@@ -182,7 +183,7 @@ def logprob_grad(
     kept = targets != -100
     g = torch.where(kept, grad_logprob, 0).to(p.dtype)[:, None]
     d = -g * p
-    d.scatter_add_(1, targets.clamp(min=0)[:, None], g)
+    d.scatter_add_(1, targets.clamp(min=0)[:, None], g.masked_fill(targets[:, None] < 0, 0))
     if grad_entropy is not None:
         finite = torch.where(torch.isinf(logp), 0, logp)
         d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + saved.entropy[:, None])

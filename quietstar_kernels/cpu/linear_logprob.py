@@ -66,6 +66,11 @@ def linear_logprob_backward(
         else:
             weights = d = softmax.products(hidden[rows], d)
             softmax.weights(d, targets[rows], gaps, states[:, rows])
+            # The saved states may be of more ids than the weight's.
+            more = largest[rows] - states[2, rows] + log_total[rows] - states[3, rows]
+            states[0, rows] -= more
+            states[1, rows] = entropy[rows]
+            states[3, rows] += more
         of_entropy = None if grad_entropy is None else grad_entropy[rows]
         softmax.gradient(weights, targets[rows], states[:, rows], grad_logprob[rows], of_entropy, d)
         gradients.add(rows, d)
@@ -115,14 +120,15 @@ class _Softmax:
         picked, entropy, largest, log_total = (state[:, None] for state in states)
         ids = targets.clamp(min=0)[:, None]
         g = torch.where(targets == -100, 0, grad_logprob)[:, None]
+        of_target = g.masked_fill(targets[:, None] < 0, 0)
         if grad_entropy is None and self.outer is None:
-            g = g * self.inner
-            torch.mul(weights, -g * (-log_total).exp(), out=out).scatter_add_(1, ids, g)
+            g, of_target = g * self.inner, of_target * self.inner
+            torch.mul(weights, -g * (-log_total).exp(), out=out).scatter_add_(1, ids, of_target)
         else:
             p = weights * (-log_total).exp()
             logp = p.log().clamp_(min=LEAST).scatter_(1, ids, picked)
             coefficient = g if grad_entropy is None else g + grad_entropy[:, None] * (logp + entropy)
-            torch.mul(p, -coefficient, out=out).scatter_add_(1, ids, g)
+            torch.mul(p, -coefficient, out=out).scatter_add_(1, ids, of_target)
             if self.outer is None:
                 out.mul_(self.inner)
             else:
