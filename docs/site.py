@@ -37,7 +37,7 @@ SECTIONS = {
     "Start": ["README.md", "docs/tutorial.md", "docs/how-it-works.md"],
     "Guides": [
         *(f"docs/{name}.md" for name in ("branches", "group-rl", "training", "online", "offline-thoughts", "large-models")),
-        *(f"docs/{name}.md" for name in ("using", "serving", "recipes", "integrating", "building", "reliability")),
+        *(f"docs/{name}.md" for name in ("using", "serving", "recipes", "integrating", "parallel", "building", "reliability")),
         "examples/cluster/README.md",
     ],
     "Results": [

@@ -21,6 +21,7 @@ from .cpu._library import cpu_library
 from .cuda._library import cuda_library
 from .layout import ThoughtLayout
 from .linear_logprob import linear_logprob
+from .parallel import gather_text, text_attention, vocab_parallel_logprob
 from .sample_thoughts import sample_thoughts
 from .sample_token import sample_token
 from .thought_attention import thought_attention
@@ -35,9 +36,12 @@ __all__ = [
     "backends",
     "cpu_library",
     "cuda_library",
+    "gather_text",
     "linear_logprob",
     "sample_thoughts",
     "sample_token",
+    "text_attention",
     "thought_attention",
     "thought_decode",
+    "vocab_parallel_logprob",
 ]

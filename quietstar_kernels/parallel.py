@@ -1,4 +1,4 @@
-"""Over the ranks of a process group: a language-model head whose vocabulary is sharded, and attention over a text whose rows are.
+"""Over the ranks of a process group: a head whose vocabulary is sharded, and attention over a text whose rows are.
 
 Functions that communicate are collective: all ranks of the group call them in the same order, and run their backwards.
 """
@@ -46,26 +46,16 @@ def vocab_parallel_logprob(
 
 
 def vocab_parallel_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    banned: Sequence[int] = (),
-    return_entropy: bool = False,
-    backend: str = "auto",
-    *,
-    keep_bytes: int | None = None,
-    first_id: int | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float | None = None,
+    softcap: float | None = None, temperature: float = 1.0, banned: Sequence[int] = (),
+    return_entropy: bool = False, backend: str = "auto", *, keep_bytes: int | None = None,
+    first_id: int | None = None, group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """``linear_logprob`` over ranks that have some rows of the weight each, as tensor parallelism shards a head.
 
-    A rank computes the logits of its own ids. All-reduces join the results: R numbers, then 3 or 4 times R, and in the backward the
-    gradient of hidden (Megatron-LM, arXiv 1909.08053, section 3). Results are equal on all ranks. So is the gradient of hidden,
-    where all ranks compute the same loss. The gradients of weight and bias are those of the rank's own rows.
+    A rank computes the logits of its own ids. All-reduces join the results: of R numbers, then of 3 or 4 times R, and in the
+    backward of the gradient of hidden (Megatron-LM, arXiv 1909.08053, section 3). Results are equal on all ranks, and so is the
+    gradient of hidden if all compute the same loss. The gradients of weight and bias are those of the rank's own rows.
 
     NaN and infinity do what they do in ``linear_logprob``. A row has no defined result if all logits of a shard are -inf; ids
     that are to be left out belong in ``banned``.
@@ -174,17 +164,8 @@ class _ShardedHead(torch.autograd.Function):
             share = log_part - log_all
             kept_rows[:, 0] += share
             kept_rows[:, 1:] *= share.exp()[:, None]
-        # In two parts, since their sum would round.
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            own,
-            bias,
-            entropy,
-            largest,
-            log_all + (top - largest),
-            *((kept, kept_rows) if keep else (None, None)),
-        )
+        saved = (kept, kept_rows) if keep else (None, None)
+        ctx.save_for_backward(hidden, weight, own, bias, entropy, largest, log_all + (top - largest), *saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(owners, *(() if return_entropy else (entropy,)))
         ctx.options, ctx.idle, ctx.backend, ctx.group = options, idle, backend, group
@@ -223,20 +204,20 @@ def gather_text(x: Tensor, slices: Sequence[Spans], group: dist.ProcessGroup | N
         ValueError: slices that don't cover the text once or don't fit the group, or an x that doesn't fit them.
     """
     check = Checker("gather_text")
-    rows = [sum(end - first for first, end in spans) for spans in slices]
-    spans = sorted((first, end, rank) for rank, own in enumerate(slices) for first, end in own)
-    if min(rows, default=0) < 1 or any(a != b for (a, *_), (_, b, _) in zip(spans, [(0, 0, 0), *spans], strict=False)):
+    rows = [sum(end - first for first, end in own) for own in slices]
+    spans = sorted(span for own in slices for span in own)
+    if min(rows, default=0) < 1 or any(first != end for (first, _), (_, end) in zip(spans, [(0, 0), *spans], strict=False)):
         raise check.fail(f"slices must cover the text from 0 on once, with rows for each rank, got {shown(slices)}")
     if len(slices) != dist.get_world_size(group):
         raise check.fail(f"slices must have one entry for each of {dist.get_world_size(group)} ranks, got {len(slices)}")
     check.sizes["rows"] = rows[dist.get_rank(group)]
     check.tensor("x", x, "B,G,rows,K", FLOATS)
     gathered = _Gather.apply(pad(x, (0, 0, 0, max(rows) - x.shape[2])), group)  # [W,B,G,most,K]
-    parts = [
-        part.split([end - first for first, end in own] + [max(rows) - n], 2)
-        for part, own, n in zip(gathered, slices, rows, strict=True)
-    ]
-    return torch.cat([parts[rank][list(slices[rank]).index((first, end))] for first, end, rank in spans], 2)
+    pieces = {}
+    for rank, own in enumerate(slices):
+        parts = gathered[rank, :, :, : rows[rank]].split([end - first for first, end in own], 2)
+        pieces.update(zip((first for first, _ in own), parts, strict=True))
+    return torch.cat([pieces[first] for first in sorted(pieces)], 2)
 
 
 class _Gather(torch.autograd.Function):
@@ -260,20 +241,12 @@ class _Gather(torch.autograd.Function):
 
 
 def text_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: Spans,
-    documents: Sequence[int] = (0,),
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, documents: Sequence[int] = (0,), scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Causal attention of some rows of a text over all of it, by ``thought_attention``. It doesn't communicate.
 
-    The rows of a span are a branch on the position before them; those of documents that begin inside it are a text of their own.
+    The rows of a span are a branch on the position before them, or a text where a document begins in it.
 
     Args:
         q: [B,H,rows,K], the rows of ``spans`` one after another.

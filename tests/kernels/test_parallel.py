@@ -1,19 +1,28 @@
 """quietstar_kernels.parallel on two processes, against one that has all: ``python test_parallel.py FILE`` is one of the two."""
 
 import json
+import re
 import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from quietstar_kernels import ThoughtLayout, linear_logprob, thought_attention
-from quietstar_kernels.parallel import gather_text, text_attention, vocab_parallel_logprob
+from quietstar_kernels import (
+    ThoughtLayout,
+    gather_text,
+    linear_logprob,
+    text_attention,
+    thought_attention,
+    vocab_parallel_logprob,
+)
 from quietstar_kernels.testing import assert_op_close_as_plain, forward_backward, logprob_inputs, plain_logprob
 
 OPTIONS = {"scale": 1.7, "softcap": 5.0, "temperature": 0.7, "banned": (0, 7, 40, 100)}
@@ -94,29 +103,73 @@ def head_with_nan():
         equal_to_one(inputs, options, [0, 37, 101], **EXACT)
 
 
+class Scorer(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, call, *inputs):
+        return call(*inputs, self.linear.weight, self.targets, self.linear.bias, **OPTIONS, return_entropy=True)
+
+
 def head_of_dtensors():
-    """Of 101 ids the first rank has 51."""
-    mesh, inputs = init_device_mesh("cpu", (2,)), head("float64", banned=OPTIONS["banned"])
-    linear = torch.nn.Linear(16, 101, dtype=torch.float64)
-    with torch.no_grad():
-        linear.weight.copy_(inputs["weight"])
-        linear.bias.copy_(inputs["bias"])
-    hidden = inputs["hidden"].requires_grad_()
-    found = []
-    for call in (linear_logprob, vocab_parallel_logprob):
-        if call is vocab_parallel_logprob:
-            parallelize_module(linear, mesh, ColwiseParallel())
-            hidden.grad, linear.weight.grad, linear.bias.grad = None, None, None
-        values = call(hidden, linear.weight, inputs["targets"], linear.bias, **OPTIONS, return_entropy=True, backend="reference")
+    """Of 101 ids the first rank has 51. FSDP2 shards the weight once more, and gathers it to one mesh inside its forward."""
+    meshes, inputs = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), head("float64", banned=OPTIONS["banned"])
+    scorer = Scorer(torch.nn.Linear(16, 101, dtype=torch.float64))
+    scorer.linear.load_state_dict({name: inputs[name] for name in ("weight", "bias")})
+    scorer.targets, hidden, found = inputs["targets"], inputs["hidden"].requires_grad_(), []
+    for prepare, call in (
+        (None, linear_logprob),
+        (lambda: parallelize_module(scorer.linear, meshes["tp"], ColwiseParallel()), vocab_parallel_logprob),
+        (lambda: fully_shard(scorer, mesh=meshes["dp"]), vocab_parallel_logprob),
+    ):
+        hidden.grad = None
+        scorer.zero_grad()
+        if prepare is not None:
+            prepare()
+        values = scorer(call, hidden)
         sum((x * torch.arange(40)).sum() for x in values).backward()
-        grads = [getattr(x.grad, "full_tensor", lambda x=x: x.grad)() for x in (linear.weight, linear.bias)]
-        found.append([*(x.detach() for x in values), hidden.grad.clone(), *(x.clone() for x in grads)])
-    torch.testing.assert_close(found[1], found[0], **EXACT)
-    for placement in (Shard(1), Replicate()):
-        with pytest.raises(ValueError, match=r"weight must be a DTensor with placements \(Shard\(dim=0\),\), got"):
-            vocab_parallel_logprob(hidden, distribute_tensor(inputs["weight"], mesh, [placement]), inputs["targets"])
-    with pytest.raises(ValueError, match="first_id and group must be left out if weight is a DTensor"):
-        vocab_parallel_logprob(hidden, linear.weight, inputs["targets"], first_id=0)
+        grads = [getattr(x.grad, "full_tensor", lambda x=x: x.grad)() for x in (*scorer.parameters(), hidden)]
+        found.append([*(x.detach() for x in values), *(x.clone() for x in grads)])
+    torch.testing.assert_close(found[1:], found[:1] * 2, **EXACT)
+    weight = distribute_tensor(inputs["weight"], meshes["tp"], [Shard(0)])
+    for placed, options, error in (
+        (scorer.linear.weight, {}, r"weight must be a DTensor with placements \(Shard\(dim=0\),\), got"),
+        (
+            weight.redistribute(placements=[Replicate()]),
+            {},
+            r"weight must be a DTensor with placements \(Shard\(dim=0\),\), got",
+        ),
+        (weight, {"first_id": 0}, "first_id and group must be left out if weight is a DTensor"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            vocab_parallel_logprob(hidden, placed, inputs["targets"], **options)
+
+
+def tensor_parallel_model():
+    """transformers' plan shards the attention heads and the vocabulary of a Llama."""
+    from transformers import AutoModelForCausalLM
+
+    import quietstar
+    from quietstar.testing import tiny_model
+
+    quietstar.register_attention()
+    layout = ThoughtLayout.packed(torch.tensor([[3, 3, 7]]), torch.tensor([[2, 4, 3]]), text_length=8)
+    ids, targets = torch.randint(3, 60, (2, 1, layout.M), generator=seeded(1))
+    folder, found = Path(sys.argv[1], "model"), []
+    if dist.get_rank() == 0:
+        tiny_model().save_pretrained(folder)
+    dist.barrier()
+    for plan, call in ((None, linear_logprob), ("auto", vocab_parallel_logprob)):
+        options = {"attn_implementation": "quietstar", "dtype": torch.float32, "tp_plan": plan}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        out = model.get_decoder()(ids, position_ids=layout.position_ids(), use_cache=False, thought_layout=layout)
+        logprob = call(out.last_hidden_state[0], model.lm_head.weight, targets[0])
+        logprob.sum().backward()
+        grads = [getattr(x.grad, "full_tensor", lambda x=x: x.grad)() for x in model.parameters()]
+        found.append([logprob.detach(), *grads])
+    assert model.lm_head.weight.to_local().shape[0] * 2 == model.config.vocab_size
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def head_refuses():
@@ -210,9 +263,15 @@ def text_refuses():
             gather_text(k, slices)
 
 
+def the_page_runs():
+    page = (Path(__file__).parents[2] / "docs/parallel.md").read_text()
+    with mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT):
+        exec("".join(re.findall("^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)), {})
+
+
 CASES = [
     head_equals_the_op, head_errs_as_plain, head_with_a_shard_that_has_no_id, head_with_nan, head_of_dtensors, head_refuses,
-    text_equals_one_process, branches_equal_one_process, text_refuses,
+    tensor_parallel_model, the_page_runs, text_equals_one_process, branches_equal_one_process, text_refuses,
 ]  # fmt: skip
 
 
