@@ -213,7 +213,7 @@ def gather_text(x: Tensor, slices: Sequence[Spans], group: dist.ProcessGroup | N
     check.sizes["rows"] = rows[dist.get_rank(group)]
     check.tensor("x", x, "B,G,rows,K", FLOATS)
     gathered = _Gather.apply(pad(x, (0, 0, 0, max(rows) - x.shape[2])), group)  # [W,B,G,most,K]
-    pieces = {}
+    pieces: dict[int, Tensor] = {}
     for rank, own in enumerate(slices):
         parts = gathered[rank, :, :, : rows[rank]].split([end - first for first, end in own], 2)
         pieces.update(zip((first for first, _ in own), parts, strict=True))
