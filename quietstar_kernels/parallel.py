@@ -212,7 +212,7 @@ def gather_text(x: Tensor, slices: Sequence[Spans], group: dist.ProcessGroup | N
         raise check.fail(f"slices must have one entry for each of {dist.get_world_size(group)} ranks, got {len(slices)}")
     check.sizes["rows"] = rows[dist.get_rank(group)]
     check.tensor("x", x, "B,G,rows,K", FLOATS)
-    gathered = _Gather.apply(pad(x, (0, 0, 0, max(rows) - x.shape[2])), group)  # [W,B,G,most,K]
+    gathered = _Gather.apply(pad(x, (0, 0, 0, max(rows) - x.shape[2])), group)  # [ranks,B,G,most,K]
     pieces: dict[int, Tensor] = {}
     for rank, own in enumerate(slices):
         parts = gathered[rank, :, :, : rows[rank]].split([end - first for first, end in own], 2)

@@ -1,4 +1,4 @@
-"""quietstar_kernels.parallel on two processes, against one that has all: ``python test_parallel.py FILE`` is one of the two."""
+"""quietstar_kernels.parallel on two processes, against one that has all: ``python test_parallel.py FOLDER`` is one of the two."""
 
 import json
 import re
@@ -133,17 +133,11 @@ def head_of_dtensors():
         found.append([*(x.detach() for x in values), *(x.clone() for x in grads)])
     torch.testing.assert_close(found[1:], found[:1] * 2, **EXACT)
     weight = distribute_tensor(inputs["weight"], meshes["tp"], [Shard(0)])
-    for placed, options, error in (
-        (scorer.linear.weight, {}, r"weight must be a DTensor with placements \(Shard\(dim=0\),\), got"),
-        (
-            weight.redistribute(placements=[Replicate()]),
-            {},
-            r"weight must be a DTensor with placements \(Shard\(dim=0\),\), got",
-        ),
-        (weight, {"first_id": 0}, "first_id and group must be left out if weight is a DTensor"),
-    ):
-        with pytest.raises(ValueError, match=error):
-            vocab_parallel_logprob(hidden, placed, inputs["targets"], **options)
+    for wrong in (scorer.linear.weight, weight.redistribute(placements=[Replicate()])):
+        with pytest.raises(ValueError, match=r"weight must be a DTensor with placements \(Shard\(dim=0\),\), got"):
+            vocab_parallel_logprob(hidden, wrong, inputs["targets"])
+    with pytest.raises(ValueError, match="first_id and group must be left out if weight is a DTensor"):
+        vocab_parallel_logprob(hidden, weight, inputs["targets"], first_id=0)
 
 
 def tensor_parallel_model():
