@@ -1,4 +1,4 @@
-"""quietstar_kernels.parallel on two processes, against one that has all: ``python test_parallel.py FOLDER`` is one of the two."""
+"""quietstar_kernels.parallel on two processes, each ``python test_parallel.py FOLDER``, against one that has all."""
 
 import json
 import re
