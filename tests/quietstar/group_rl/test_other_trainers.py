@@ -16,7 +16,7 @@ import quietstar
 from quietstar.testing import tiny_model
 
 PAGE = (Path(__file__).parents[3] / "docs/group-rl.md").read_text()
-BLOCKS = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "\ndef " in "\n" + code]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE[PAGE.index("\n### verl") :], re.MULTILINE | re.DOTALL)
 PROMPTS = [5, 6, 7, 8], [20, 21]
 SEQUENCES = [PROMPTS[0] + [9, 10], PROMPTS[0] + [9, 11, 12], PROMPTS[1] + [30], PROMPTS[1] + [31, 32, 33, 34]]
 STARTS = [4, 4, 2, 2]  # of completions
@@ -30,7 +30,7 @@ def ours():
     model.set_attn_implementation("quietstar")
     packed = {"packed": torch.tensor([5, 6, 7]), "cu_seqlens": torch.tensor([0, 3])}
     names = {"quietstar": quietstar, "torch": torch, "model": model, "print": lambda *_: None, **packed}
-    for code in BLOCKS[BLOCKS.index(next(code for code in BLOCKS if "def next_tokens" in code)) :]:
+    for code in BLOCKS:
         exec(code, names)
     return SimpleNamespace(**names)
 
@@ -151,9 +151,8 @@ def test_verl(ours, theirs, compare, monkeypatch, temperature, packed):
         engine = module.FSDPEngineWithLMHead.__new__(module.FSDPEngineWithLMHead)
         options = {"entropy_checkpointing": False, "entropy_from_logits_with_chunking": False}
         vars(engine).update(module=model, engine_config=SimpleNamespace(**options), use_ulysses_sp=False, pad_to_length=False)
+        vars(engine).update(_autocast_dtype=torch.float32, get_data_parallel_group=lambda: None)
         engine.compute_entropy_from_logits = module.verl_F.entropy_from_logits
-        engine._autocast_dtype = torch.float32
-        engine.get_data_parallel_group = lambda: None
         found = {}
 
         def loss(model_output, **_):
