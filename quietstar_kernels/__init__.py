@@ -20,6 +20,7 @@ from ._dispatch import backends
 from .cpu._library import cpu_library
 from .cuda._library import cuda_library
 from .layout import ThoughtLayout
+from .linear_divergence import linear_divergence
 from .linear_logprob import linear_logprob
 from .parallel import gather_text, text_attention, vocab_parallel_logprob
 from .sample_thoughts import sample_thoughts
@@ -37,6 +38,7 @@ __all__ = [
     "cpu_library",
     "cuda_library",
     "gather_text",
+    "linear_divergence",
     "linear_logprob",
     "sample_thoughts",
     "sample_token",

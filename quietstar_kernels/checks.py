@@ -403,6 +403,12 @@ class Checker:
             raise self.fail(f"{name} must be at most {LARGEST_FP32:.2e}, the largest of float32, got {shown(value)}")
         return value
 
+    def fraction(self, name: str, value: Any) -> float:
+        found = as_number(value)
+        if found is None or not 0 <= found <= 1:
+            raise self.fail(f"{name} must be a number from 0 to 1, got {shown(value)}")
+        return float(found)
+
     def positive_or_none(self, name: str, value: Any) -> float | None:
         return None if value is None else self.positive(name, value)
 
@@ -466,14 +472,20 @@ def check_head(
     scale: float | None,
     softcap: float | None,
     banned: Iterable[int],
+    whose: str = "",
+    width: str = "D",
 ) -> tuple[float | None, float | None, list[int]]:
-    """Checks the arguments that the vocabulary ops share. Returns scale, softcap, and ``banned`` sorted, without duplicates."""
-    check.tensor("hidden", hidden, "R,D", FLOATS)
-    check.tensor("weight", weight, "V,D", (hidden.dtype,), hidden.device, "hidden")
+    """Checks the arguments that the vocabulary ops share. Returns scale, softcap, and ``banned`` sorted, without duplicates.
+
+    ``whose`` is what their names begin with, and ``width`` the letter of theirs.
+    """
+    like = f"{whose}hidden"
+    check.tensor(like, hidden, f"R,{width}", FLOATS)
+    check.tensor(f"{whose}weight", weight, f"V,{width}", (hidden.dtype,), hidden.device, like)
     if bias is not None:
-        check.tensor("bias", bias, "V", (hidden.dtype,), hidden.device, "hidden")
-    softcap = check.positive_or_none("softcap", softcap)
-    scale = check.finite_or_none("scale", scale)
+        check.tensor(f"{whose}bias", bias, "V", (hidden.dtype,), hidden.device, like)
+    softcap = check.positive_or_none(f"{whose}softcap", softcap)
+    scale = check.finite_or_none(f"{whose}scale", scale)
     if check["V"] == 0:
         raise check.fail("weight must have at least one row, V=0")
     if type(banned) is tuple and not banned:

@@ -11,7 +11,7 @@ All random numbers come from a ``torch.Generator`` on CPU, so that a seed gives 
 
 from .inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 from .layouts import BRANCH_KINDS, LAYOUT_KINDS, random_layout
-from .plain import plain_attention, plain_decode, plain_log_softmax, plain_logprob
+from .plain import plain_attention, plain_decode, plain_divergence, plain_log_softmax, plain_logprob
 from .tolerance import assert_close_as_plain, assert_op_close_as_plain, attention_magnitudes, forward_backward
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "logprob_inputs",
     "plain_attention",
     "plain_decode",
+    "plain_divergence",
     "plain_log_softmax",
     "plain_logprob",
     "random_layout",

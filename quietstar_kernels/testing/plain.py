@@ -103,3 +103,27 @@ def plain_logprob(
     logp = plain_log_softmax(hidden, weight, bias, **options)
     logprob = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets == -100, 0)
     return logprob, -(logp.exp() * logp.masked_fill(logp.isinf(), 0)).sum(-1)
+
+
+def plain_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    scale: float | None = None,
+    teacher_scale: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """``linear_divergence`` in dense PyTorch, every step in the dtype of its inputs; differentiable by autograd."""
+    s = plain_log_softmax(hidden, weight, bias, scale, softcap, temperature)
+    t = plain_log_softmax(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, temperature).detach()
+    if beta in (0, 1):
+        p, q = (s, t) if beta else (t, s)
+        return (p.exp() * (p - q)).sum(-1)
+    m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
+    return (beta * t.exp() * (t - m) + (1 - beta) * s.exp() * (s - m)).sum(-1)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout, linear_logprob, sample_thoughts, sample_token, thought_attention, thought_decode
+from quietstar_kernels import (
+    ThoughtLayout,
+    linear_divergence,
+    linear_logprob,
+    sample_thoughts,
+    sample_token,
+    thought_attention,
+    thought_decode,
+)
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 from tests.hostile import Target, attack
 
@@ -22,6 +30,12 @@ def layout():
     return ThoughtLayout.at(ANCHORS, N, S, text_length=L)
 
 
+def heads():
+    student, teacher = (sample_inputs(generator(), 5, width, bias=True) for width in (8, 6))
+    names = ("hidden", "weight", "bias")
+    return {name: student[name] for name in names} | {f"teacher_{name}": teacher[name] for name in names}
+
+
 TARGETS = {
     thought_attention: lambda: {
         **attention_inputs(generator(), layout(), sinks=True),
@@ -37,6 +51,15 @@ TARGETS = {
         **HEAD,
         "return_entropy": False,
         "keep_bytes": 2**20,
+    },
+    linear_divergence: lambda: {
+        **heads(),
+        "beta": 0.5,
+        "scale": 0.5,
+        "teacher_scale": 2.0,
+        "softcap": 3.0,
+        "teacher_softcap": 4.0,
+        "temperature": 0.7,
     },
     sample_thoughts: lambda: {
         **HEAD,

@@ -26,6 +26,7 @@ from quietstar_kernels import (
     ThoughtLayout,
     backends,
     gather_text,
+    linear_divergence,
     linear_logprob,
     sample_thoughts,
     sample_token,
@@ -49,6 +50,7 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, weight: Tensor, tar
     either = linear_logprob(hidden, weight, targets, return_entropy=flag)
     logprob, entropy = vocab_parallel_logprob(hidden, weight, targets, first_id=0, return_entropy=True)
     out = text_attention(q, gather_text(k, [[(0, 8)]]), gather_text(v, [[(0, 8)]]), [(0, 8)], window=4)
+    logprob = linear_divergence(hidden, weight, hidden, weight, beta=0.5)
     ids, logprob = sample_token(hidden, weight, targets, seed=0)
     ids, logprob = sample_thoughts(lambda ids, layout: hidden, weight, layout, ids, thought_tokens=4, start_id=1, seed=0)
     assert_type([row["status"] for row in backends("cpu")], list[str])
