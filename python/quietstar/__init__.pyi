@@ -55,6 +55,7 @@ from quietstar.evaluation.questions.report import Asking as Asking
 from quietstar.evaluation.scoring import score_tokens as score_tokens
 from quietstar.explanation.report import Report as Report
 from quietstar.explanation.report import explain as explain
+from quietstar.group_rl.distillation import shared_divergence as shared_divergence
 from quietstar.group_rl.likelihood_reward import LikelihoodReward as LikelihoodReward
 from quietstar.group_rl.shared_logprobs import shared_logprobs as shared_logprobs
 from quietstar.group_rl.shared_prompt import SharedPrompts as SharedPrompts

@@ -75,12 +75,7 @@ def shared_logprobs(
     Raises:
         ValueError: another attention, a model that can't think, a sequence that isn't integers [T], or another temperature.
     """
-    whole: Any = model
-    while isinstance(getattr(whole, "module", None), nn.Module):  # DistributedDataParallel's, for example
-        whole = whole.module
-    inner = unwrapped(whole)
-    if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
-        raise no_model("shared_logprobs: model", "a transformers model with attn_implementation='quietstar'", whole)
+    inner = inside("shared_logprobs: model", model)
     # 1. The sequences, their temperatures, and the forwards that they take.
     check = Checker("shared_logprobs")
     given = check.sequences(sequences if cu_seqlens is None else _split(check, sequences, cu_seqlens))
@@ -89,8 +84,7 @@ def shared_logprobs(
     if not given and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
         raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
     parts = _parts(given, most) if any(map(len, given)) else []
-    if inner not in _heads:
-        _check(model, whole, inner)
+    head = checked_head(model, inner)
     forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
     # 2. Trees on the host. Where there is nothing left to score, one token runs, and nobody reads the result.
     counts = [max(len(ids) - 1, 0) for ids in given]
@@ -103,7 +97,7 @@ def shared_logprobs(
     # 3. The forwards, inside of what wraps the model.
     def one(tokens: EndTokens) -> tuple[Tensor, Tensor]:
         with layer_checkpoints_off(inner) if len(trees) > 1 else nullcontext():
-            return end_logprobs(inner, _heads[inner], tokens, return_entropy)
+            return end_logprobs(inner, head, tokens, return_entropy)
 
     def answer() -> tuple[Tensor, Tensor]:
         if len(trees) == 1 or not torch.is_grad_enabled():
@@ -121,19 +115,36 @@ def shared_logprobs(
     return (logprobs, entropies) if return_entropy else logprobs
 
 
-def _check(model: nn.Module, whole: Any, inner: PreTrainedModel) -> None:
-    """Check a model, and find its head."""
+def inside(name: str, model: nn.Module) -> PreTrainedModel:
+    """The transformers model that others may wrap. Raises ValueError if it isn't one, or has another attention."""
+    whole = _without_containers(model)
+    inner = unwrapped(whole)
+    if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
+        raise no_model(name, "a transformers model with attn_implementation='quietstar'", whole)
+    return inner
+
+
+def checked_head(model: nn.Module, inner: PreTrainedModel) -> LMHead:
+    """The head of a model, which is checked in the first call."""
 
     def check() -> None:
-        check_model(whole)
+        check_model(_without_containers(model))
         hand_on_layout(inner)
         verify_once(inner)
         _heads[inner] = find_lm_head(inner)
 
-    if not is_sharded(inner):
-        return check()
-    with torch.no_grad(), answering(inner, check):  # inside a forward, where the weights outside of layers are gathered
-        model()
+    if inner not in _heads and not is_sharded(inner):
+        check()
+    elif inner not in _heads:
+        with torch.no_grad(), answering(inner, check):  # inside a forward, where the weights outside of layers are gathered
+            model()
+    return _heads[inner]
+
+
+def _without_containers(model: Any) -> Any:
+    while isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel's, for example
+        model = model.module
+    return model
 
 
 def _split(check: Checker, packed: Any, cu_seqlens: Any) -> list[Tensor]:

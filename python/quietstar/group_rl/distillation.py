@@ -1,0 +1,81 @@
+"""On-policy distillation (arXiv 2306.13649): a student's divergence from a teacher over sequences that begin alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietstar.group_rl.completions import EndTokens, through
+from quietstar.group_rl.shared_logprobs import checked_head, inside
+from quietstar_kernels import linear_divergence
+from quietstar_kernels.checks import Checker
+
+
+def shared_divergence(
+    student: nn.Module,
+    teacher: nn.Module,
+    sequences: Sequence[Sequence[int] | Tensor],
+    beta: float = 1.0,
+    temperature: float = 1.0,
+) -> list[Tensor]:
+    """The divergence of the student's distribution of each token but the first from the teacher's, in nats, given those before.
+
+    A prompt, a turn or an attempt that several sequences begin with is computed once by each model, and so is its divergence.
+    It is over the whole vocabulary, without logits: see ``quietstar_kernels.linear_divergence``. Differentiable in the student;
+    the teacher is a constant, in the mode that it is in: call ``teacher.eval()``.
+
+    Args:
+        student: as the model of ``shared_logprobs``; it may be wrapped.
+        teacher: likewise. Another size, dtype or architecture, but the same vocabulary and device.
+        sequences: token ids of each, as lists or integer tensors [T].
+        beta: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher), between them is the generalized Jensen-Shannon divergence.
+        temperature: divides the logits of both.
+
+    Returns:
+        For each sequence, fp32 [T-1] (fp64 for fp64 students), on the student's device.
+
+    Raises:
+        ValueError: as for ``shared_logprobs``, two vocabularies of different sizes, or another ``beta``.
+    """
+    check = Checker("shared_divergence")
+    models = [inside(f"shared_divergence: {name}", model) for name, model in (("student", student), ("teacher", teacher))]
+    given, temperature, beta = check.sequences(sequences), check.temperature(temperature), check.fraction("beta", beta)
+    sizes = [model.get_output_embeddings().out_features for model in models]
+    if sizes[0] != sizes[1]:
+        raise check.fail(f"the teacher must have the student's vocabulary of {sizes[0]}, got {sizes[1]}: resize its embeddings")
+    own, other = models
+    heads = [checked_head(whole, inner) for whole, inner in ((student, own), (teacher, other))]
+    if not any(map(len, given)):
+        return [torch.zeros(0, device=own.device) for _ in given]
+    counts = [max(len(ids) - 1, 0) for ids in given]
+    live = torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
+    tokens = EndTokens.of(given, live, [torch.ones(len(ids), dtype=torch.float64, device="cpu") for ids in given])
+
+    # The student's forward is inside that of the teacher's head, and the loss inside both heads: there the weights of both are
+    # gathered, if they are sharded, and again before the backward reads them.
+    def by_teacher() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            hidden = tokens.hidden(other)
+        return _through_head(other, by_teacher_head, hidden)
+
+    def by_teacher_head(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight, bias = heads[1].of(other).operands(hidden)
+        options = {"teacher_bias": bias, "teacher_scale": heads[1].scale, "teacher_softcap": heads[1].softcap}
+        options |= {"teacher_hidden": rows, "teacher_weight": weight, "beta": beta, "temperature": temperature}
+
+        def by_student_head(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            found = heads[0].of(own).apply(linear_divergence, hidden, **options)
+            return found, torch.zeros_like(found)
+
+        return through(student, own, lambda: _through_head(own, by_student_head, tokens.hidden(own)))
+
+    divergence = tokens.spread(through(teacher, other, by_teacher)[0])
+    return [row[:count] for row, count in zip(divergence, counts, strict=True)]
+
+
+def _through_head(model: Any, answer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    layer = model.get_output_embeddings()
+    return through(layer, layer, answer, hidden)
