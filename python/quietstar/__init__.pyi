@@ -57,6 +57,7 @@ from quietstar.explanation.report import Report as Report
 from quietstar.explanation.report import explain as explain
 from quietstar.group_rl.distillation import shared_divergence as shared_divergence
 from quietstar.group_rl.likelihood_reward import LikelihoodReward as LikelihoodReward
+from quietstar.group_rl.shared_distillation import SharedDistillation as SharedDistillation
 from quietstar.group_rl.shared_logprobs import shared_logprobs as shared_logprobs
 from quietstar.group_rl.shared_prompt import SharedPrompts as SharedPrompts
 from quietstar.group_rl.tree_packing import register_tree_attention as register_tree_attention

@@ -117,9 +117,10 @@ class EndTokens:
         return decode_rows(model, embeds, layout.position_ids(), packed)[0, self.rows.to(layout.device)]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values [U] of the tokens as those of each sequence, [B,T]; 0 where ``live`` is False."""
+        """Values [U,...] of the tokens as those of each sequence, [B,T,...]; 0 where ``live`` is False."""
         live, slot = self.live.to(values.device), self.slot.to(values.device)
-        return values.new_zeros(live.shape).masked_scatter(live, values[slot])
+        mask = live.view(*live.shape, *[1] * (values.ndim - 1))
+        return values.new_zeros(*live.shape, *values.shape[1:]).masked_scatter(mask, values[slot])
 
 
 def end_logprobs(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quietstar.group_rl.completions import EndTokens, through
-from quietstar.group_rl.shared_logprobs import checked_head, inside
+from quietstar.group_rl.shared_logprobs import checked_head, inside, refuse_none
 from quietstar_kernels import linear_divergence
 from quietstar_kernels.checks import Checker
 
@@ -25,7 +25,8 @@ def shared_divergence(
 
     A prompt, a turn or an attempt that several sequences begin with is computed once by each model, and so is its divergence.
     It is over the whole vocabulary, without logits: see ``quietstar_kernels.linear_divergence``. Differentiable in the student;
-    the teacher is a constant, in the mode that it is in: call ``teacher.eval()``.
+    the teacher is a constant, in the mode that it is in: call ``teacher.eval()``. What ``shared_logprobs`` says of several
+    processes holds here too.
 
     Args:
         student: as the model of ``shared_logprobs``; it may be wrapped.
@@ -43,14 +44,16 @@ def shared_divergence(
     check = Checker("shared_divergence")
     models = [inside(f"shared_divergence: {name}", model) for name, model in (("student", student), ("teacher", teacher))]
     given, temperature, beta = check.sequences(sequences), check.temperature(temperature), check.fraction("beta", beta)
-    sizes = [model.get_output_embeddings().out_features for model in models]
+    refuse_none(check, given)
+    own, other = models
+    heads = [checked_head(whole, inner).of(inner) for whole, inner in ((student, own), (teacher, other))]
+    sizes = [head.linear.out_features for head in heads]
     if sizes[0] != sizes[1]:
         raise check.fail(f"the teacher must have the student's vocabulary of {sizes[0]}, got {sizes[1]}: resize its embeddings")
-    own, other = models
-    heads = [checked_head(whole, inner) for whole, inner in ((student, own), (teacher, other))]
-    if not any(map(len, given)):
-        return [torch.zeros(0, device=own.device) for _ in given]
+    size = len(given)
     counts = [max(len(ids) - 1, 0) for ids in given]
+    if not any(map(len, given)):  # one token runs, as other processes may wait for this one
+        given, counts = [*given, torch.zeros(1, dtype=torch.int64, device="cpu")], [*counts, 0]
     live = torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
     tokens = EndTokens.of(given, live, [torch.ones(len(ids), dtype=torch.float64, device="cpu") for ids in given])
 
@@ -62,18 +65,18 @@ def shared_divergence(
         return _through_head(other, by_teacher_head, hidden)
 
     def by_teacher_head(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        rows, weight, bias = heads[1].of(other).operands(hidden)
+        rows, weight, bias = heads[1].operands(hidden)
         options = {"teacher_bias": bias, "teacher_scale": heads[1].scale, "teacher_softcap": heads[1].softcap}
         options |= {"teacher_hidden": rows, "teacher_weight": weight, "beta": beta, "temperature": temperature}
 
         def by_student_head(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            found = heads[0].of(own).apply(linear_divergence, hidden, **options)
+            found = heads[0].apply(linear_divergence, hidden, **options)
             return found, torch.zeros_like(found)
 
         return through(student, own, lambda: _through_head(own, by_student_head, tokens.hidden(own)))
 
     divergence = tokens.spread(through(teacher, other, by_teacher)[0])
-    return [row[:count] for row, count in zip(divergence, counts, strict=True)]
+    return [row[:count] for row, count in zip(divergence, counts, strict=True)][:size]
 
 
 def _through_head(model: Any, answer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,8 +81,7 @@ def shared_logprobs(
     given = check.sequences(sequences if cu_seqlens is None else _split(check, sequences, cu_seqlens))
     temperatures = _temperatures(check, temperature, given, cu_seqlens is not None)
     most = None if max_rows is None else integer("shared_logprobs: max_rows", max_rows, 1)
-    if not given and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
+    refuse_none(check, given)
     parts = _parts(given, most) if any(map(len, given)) else []
     head = checked_head(model, inner)
     forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
@@ -122,6 +121,12 @@ def inside(name: str, model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise no_model(name, "a transformers model with attn_implementation='quietstar'", whole)
     return inner
+
+
+def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
+    """Raises ValueError if there are no sequences, where other processes wait for this one's backward."""
+    if not sequences and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
 
 
 def checked_head(model: nn.Module, inner: PreTrainedModel) -> LMHead:

@@ -72,6 +72,8 @@ class SharedPrompts(Trainer):
     _buffered_inputs: list[dict[str, Any]]  # the microbatches of a generation
     _step: int  # microbatches so far
 
+    # What ``_check_release`` expects: a method that is replaced, its first parameters, and who has it.
+    _hook, _parameters, _trainers = HOOK, PARAMETERS, "GRPOTrainer or RLOOTrainer"
     _window = range(0)  # the values of ``_step`` in the optimizer step under way; none outside ``train``
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -100,13 +102,14 @@ class SharedPrompts(Trainer):
 
     def _check_release(self) -> None:
         """Without this, another TRL release would silently repeat prompts."""
-        stock = getattr(super(), HOOK, None)
+        stock = getattr(super(), self._hook, None)
         name = type(self).__name__
         if stock is None:
-            raise ValueError(f"{name}: put SharedPrompts before trl's GRPOTrainer or RLOOTrainer, whose {HOOK} it replaces")
-        found = list(inspect.signature(stock.__func__).parameters)[: len(PARAMETERS)]
-        if found != PARAMETERS:
-            raise ValueError(f"{name}: {HOOK} must be as in trl {TESTED}, got the parameters {', '.join(found)}")
+            mixin = next(cls.__name__ for cls in type(self).mro() if "_hook" in vars(cls))
+            raise ValueError(f"{name}: put {mixin} before trl's {self._trainers}, whose {self._hook} it replaces")
+        found = list(inspect.signature(stock.__func__).parameters)[: len(self._parameters)]
+        if found != self._parameters:
+            raise ValueError(f"{name}: {self._hook} must be as in trl {TESTED}, got the parameters {', '.join(found)}")
 
     def _check_options(self) -> None:
         for refused, why in (
@@ -151,7 +154,7 @@ class SharedPrompts(Trainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not (self.model.training and self._step in self._window and self._adds_up()):
             return inputs
-        steps = self.args.steps_per_generation
+        steps = len(self._buffered_inputs)
         place = self._step % steps
         first = max(0, place + self._window.start - self._step)
         after = min(steps, place + self._window.stop - self._step)

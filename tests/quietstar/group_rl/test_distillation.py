@@ -12,7 +12,12 @@ from tests.quietstar.group_rl.test_shared_logprobs import SEQUENCES, one_process
 
 pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
 
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
 from trl.experimental.gkd import GKDTrainer
+
+from tests.quietstar.group_rl.trainers import USUAL, number_tokenizer, weights_of
 
 
 @pytest.fixture
@@ -91,3 +96,57 @@ def test_bad_calls(models, tiny):
         quietstar.shared_divergence(student, larger, SEQUENCES)
     with pytest.raises(ValueError, match="^shared_divergence: beta must be a number from 0 to 1, got 2$"):
         quietstar.shared_divergence(student, teacher, SEQUENCES, beta=2)
+
+
+class Shared(quietstar.SharedDistillation, DistillationTrainer):
+    pass
+
+
+@pytest.fixture
+def trained(tmp_path, tiny):
+    """How two optimizer steps change the weights, the logs, and how many tokens the teacher's layers saw in each forward."""
+    prompts = ["5 6 7 8", "5 6 9"]
+    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts for _ in range(4)] * 2)
+
+    def train(cls, peft_config=None, **options):
+        usual = {name: value for name, value in USUAL.items() if name != "num_generations"}
+        usual |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 5}
+        usual |= {"shuffle_dataset": False, "logging_steps": 1}
+        arguments = DistillationConfig(str(tmp_path / "run"), **usual | options)
+        student, teacher = tiny("llama"), tiny("gemma2", seed=1, hidden_size=32)
+        made = cls(student, teacher, arguments, data, processing_class=number_tokenizer(), peft_config=peft_config)
+        seen = []
+        made.teacher_model.get_decoder().layers[0].register_forward_hook(
+            lambda module, inputs, out: seen.append(inputs[0].shape[:2])
+        )
+        start = weights_of(made.model)
+        made.train()
+        return weights_of(made.model) - start, [log for log in made.state.log_history if "loss" in log], seen
+
+    return train
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    pytest.param({"beta": 0.5, "temperature": 0.7, "activation_checkpointing": False}, marks=pytest.mark.long, id="JSD"),
+    pytest.param({"beta": 0.0, "peft_config": LoraConfig(r=2)}, marks=pytest.mark.long, id="LoRA"),
+])  # fmt: skip
+def test_optimizer_steps_are_trls(trained, options):
+    (stock, logs, seen), (ours, shared_logs, shared_seen) = trained(DistillationTrainer, **options), trained(Shared, **options)
+    assert (stock - ours).norm() < 1e-4 * stock.norm()
+    for log, shared in zip(logs, shared_logs, strict=True):
+        assert shared["loss"] == pytest.approx(log["loss"], rel=1e-5)
+        assert shared["completions/mean_length"] == log["completions/mean_length"]
+    # Each microbatch is one row of what its four completions, all of one prompt, don't share.
+    assert len(seen) == len(shared_seen) == 4
+    assert all(rows == 1 and tokens <= 4 + 4 * 4 for rows, tokens in shared_seen) and all(rows == 4 for rows, _ in seen)
+
+
+def test_other_trainers_are_refused(trained, tiny):
+    class Wrong(quietstar.SharedDistillation, GRPOTrainer):
+        pass
+
+    with pytest.raises(
+        ValueError, match="^Wrong: put SharedDistillation before trl's DistillationTrainer, whose _get_last_hid"
+    ):
+        Wrong(tiny("llama"))
