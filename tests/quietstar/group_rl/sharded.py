@@ -2,7 +2,8 @@
 
 A job trains stock TRL and its twin with shared prompts in one setting. It is a dict: model, a folder; trainer, a name; options,
 of its config; fsdp, of its ``fsdp_config``; lora; completions, "random", "generate" or "vllm"; and whether to train stock TRL
-without sharding or half precision too. Or it calls ``shared_logprobs``: sequences, of each process; options; how to shard.
+without sharding or half precision too. Or it calls ``shared_logprobs``: sequences, of each process; options; how to shard; with
+a teacher, ``shared_divergence``.
 """
 
 import copy
@@ -11,6 +12,7 @@ import os
 import random
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,7 +93,9 @@ def train(cls, job, folder):
     data = Dataset.from_list([{"prompt": " ".join(str(3 + 5 * i + j) for j in range(1 + 3 * (i % 3)))} for i in range(8)])
     lora = LORA if job.get("lora") else None
     arguments = config_of(cls, folder, **usual | job["options"])
-    trainer = cls(job["model"], sum_of_ids, arguments, data, processing_class=number_tokenizer(), peft_config=lora)
+    trainer = cls(
+        job["model"], job.get("teacher", sum_of_ids), arguments, data, processing_class=number_tokenizer(), peft_config=lora
+    )
     kind = job.get("completions", "random")
     if kind == "random":
         trainer._generate_single_turn = lambda prompts, *_: (completions(trainer, len(prompts)), None)
@@ -149,16 +153,23 @@ def logprobs(job):
         model = get_peft_model(model, LORA)
     alone = copy.deepcopy(model)
     model = shard(model, job["how"])
+    if "teacher" in job:
+        load = partial(AutoModelForCausalLM.from_pretrained, job["teacher"], attn_implementation="quietstar", dtype="auto")
+        teachers = {model: shard(load(), job["how"]), alone: load()}
 
     def loss(model, sequences, **options):
-        values, entropies = quietstar.shared_logprobs(model, sequences, return_entropy=True, **options)
+        if "teacher" in job:
+            values = quietstar.shared_divergence(model, teachers[model], sequences, **options)
+            entropies = [torch.zeros_like(x) for x in values]
+        else:
+            values, entropies = quietstar.shared_logprobs(model, sequences, return_entropy=True, **options)
         weights = [torch.arange(1, len(x) + 1).to(x) / len(x) for x in values]
         total = sum((w * x + 0.3 * w * w * h).sum() for w, x, h in zip(weights, values, entropies, strict=True))
         return total, [x.tolist() for x in values], [h.tolist() for h in entropies]
 
     options = job["options"]
     with torch.no_grad():  # as for old log-probabilities
-        early = quietstar.shared_logprobs(model, job["without_grad"][rank], **options)
+        early = loss(model, job["without_grad"][rank], **options)[1]
     got, values, entropies = loss(model, job["sequences"][rank], **options)
     got.backward()
     whole_options = {name: value for name, value in options.items() if name != "max_rows"}

@@ -14,10 +14,10 @@ pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
 
 from datasets import Dataset
 from peft import LoraConfig
-from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
+from trl import DistillationTrainer, GRPOTrainer
 from trl.experimental.gkd import GKDTrainer
 
-from tests.quietstar.group_rl.trainers import USUAL, number_tokenizer, weights_of
+from tests.quietstar.group_rl.trainers import SharedDistilling, config_of, number_tokenizer, weights_of
 
 
 @pytest.fixture
@@ -98,10 +98,6 @@ def test_bad_calls(models, tiny):
         quietstar.shared_divergence(student, teacher, SEQUENCES, beta=2)
 
 
-class Shared(quietstar.SharedDistillation, DistillationTrainer):
-    pass
-
-
 @pytest.fixture
 def trained(tmp_path, tiny):
     """How two optimizer steps change the weights, the logs, and how many tokens the teacher's layers saw in each forward."""
@@ -109,10 +105,9 @@ def trained(tmp_path, tiny):
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts for _ in range(4)] * 2)
 
     def train(cls, peft_config=None, **options):
-        usual = {name: value for name, value in USUAL.items() if name != "num_generations"}
-        usual |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 5}
+        usual = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 5}
         usual |= {"shuffle_dataset": False, "logging_steps": 1}
-        arguments = DistillationConfig(str(tmp_path / "run"), **usual | options)
+        arguments = config_of(cls, tmp_path, **usual | options)
         student, teacher = tiny("llama"), tiny("gemma2", seed=1, hidden_size=32)
         made = cls(student, teacher, arguments, data, processing_class=number_tokenizer(), peft_config=peft_config)
         seen = []
@@ -132,7 +127,10 @@ def trained(tmp_path, tiny):
     pytest.param({"beta": 0.0, "peft_config": LoraConfig(r=2)}, marks=pytest.mark.long, id="LoRA"),
 ])  # fmt: skip
 def test_optimizer_steps_are_trls(trained, options):
-    (stock, logs, seen), (ours, shared_logs, shared_seen) = trained(DistillationTrainer, **options), trained(Shared, **options)
+    (stock, logs, seen), (ours, shared_logs, shared_seen) = (
+        trained(DistillationTrainer, **options),
+        trained(SharedDistilling, **options),
+    )
     assert (stock - ours).norm() < 1e-4 * stock.norm()
     for log, shared in zip(logs, shared_logs, strict=True):
         assert shared["loss"] == pytest.approx(log["loss"], rel=1e-5)

@@ -30,6 +30,7 @@ TRAINING = {
     "bf16": {"model": "fp32", "exact": True, "options": {"bf16": True}},
     "bf16, head in fp32": {"model": "fp32", "exact": True, "options": {"bf16": True, "cast_lm_head_to_fp32": True}},
     "lora, bf16": {"model": "fp32", "exact": True, "lora": True, "options": {"bf16": True}},
+    "distillation": {"trainer": "DistillationTrainer", "teacher": True, "completions": "generate"},
 }
 NONE = [[9]]
 TEMPERATURES = [0.5, 2.0, 0.5, 1.0, 1.0, 2.0, 1.0]
@@ -40,6 +41,8 @@ LOGPROBS = {
     "cut, none": {"how": ["tail"], "sequences": [NONE, SEQUENCES], "options": {"max_rows": 8}, "without_grad": [[], SEQUENCES]},
     "temperatures": {"sequences": [SEQUENCES, SEQUENCES], "options": {"temperature": TEMPERATURES}},
     "lora": {"lora": True, "how": ["tail"], "sequences": [SEQUENCES, NONE]},
+    "divergence": {"teacher": True, "sequences": [SEQUENCES, SEQUENCES[:2]], "options": {"beta": 0.5, "temperature": 0.7}},
+    "divergence, none": {"teacher": True, "sequences": [NONE, SEQUENCES], "without_grad": [[], SEQUENCES]},
     "half precision": {"model": "fp32", "how": ["tail", "bf16"], "sequences": [SEQUENCES, NONE]},
 }
 
@@ -51,9 +54,12 @@ def results(tiny, tmp_path_factory):
     tiny("llama").double().save_pretrained(folder / "fp64")
     tiny("llama", tie_word_embeddings=True).double().save_pretrained(folder / "tied")
     tiny("llama").save_pretrained(folder / "fp32")
+    tiny("qwen3", seed=1).double().save_pretrained(folder / "teacher")
     usual = {name: {"fsdp": {}} | job for name, job in TRAINING.items()}
     usual |= {name: {"how": [], "without_grad": job["sequences"]} | job for name, job in LOGPROBS.items()}
     jobs = [{"options": {}} | job | {"model": str(folder / job.get("model", "fp64"))} for job in usual.values()]
+    for job in jobs:
+        job.update({name: str(folder / name) for name in job if name == "teacher"})
     script = str(Path(__file__).with_name("sharded.py"))
     return dict(zip(usual, run_in_processes(jobs, 2, folder, script=script), strict=True))
 

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("trl", minversion="1.16")  # Python 3.10 has an older one
 
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from quietstar import SharedPrompts
+from quietstar import SharedDistillation, SharedPrompts
 
 V, END = 61, 2
 USUAL = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True}
@@ -24,10 +24,17 @@ class SharedRLOO(SharedPrompts, RLOOTrainer):
     pass
 
 
-PAIRS = {GRPOTrainer: SharedGRPO, RLOOTrainer: SharedRLOO}
+class SharedDistilling(SharedDistillation, DistillationTrainer):
+    pass
+
+
+PAIRS = {GRPOTrainer: SharedGRPO, RLOOTrainer: SharedRLOO, DistillationTrainer: SharedDistilling}
 
 
 def config_of(cls, folder, **options):
+    if issubclass(cls, DistillationTrainer):
+        usual = {name: value for name, value in USUAL.items() if name != "num_generations"}
+        return DistillationConfig(str(folder / "run"), **usual | options)
     return (RLOOConfig if issubclass(cls, RLOOTrainer) else GRPOConfig)(str(folder / "run"), **USUAL | options)
 
 
