@@ -1,8 +1,4 @@
-"""On-policy distillation in TRL's trainer, in which student and teacher run once what prompts and completions begin with.
-
-class Trainer(SharedDistillation, DistillationTrainer):
-    pass
-"""
+"""On-policy distillation in TRL's trainer, in which student and teacher run once what prompts and completions begin with."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from torch import Tensor
 
 from quietstar.group_rl.completions import EndTokens, without_padding
 from quietstar.group_rl.shared_prompt import SharedPrompts
+from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.modules import unwrapped
@@ -30,7 +27,7 @@ class SharedDistillation(SharedPrompts):
     Tested with TRL 1.16.
 
     Raises:
-        ValueError: as ``SharedPrompts``, or a trainer without a teacher of its own, such as one on a server.
+        ValueError: as ``SharedPrompts``, DeepSpeed, or no teacher in this process, such as with one on a server.
     """
 
     _hook, _parameters = "_get_last_hidden_state", ["self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep"]
@@ -46,9 +43,17 @@ class SharedDistillation(SharedPrompts):
             raise ValueError(f"{type(self).__name__}: teacher_model must be a model of this process, got None")
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         check_model(teacher)
+        adapters.check_rows(teacher)
         verify_once(unwrapped(teacher))
         teacher.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(unwrapped(teacher))
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.is_deepspeed_enabled:  # TRL then divides the teacher's weights too
+            raise ValueError(
+                f"{type(self).__name__}: DeepSpeed can't run here: shard weights with FSDP2, or leave out deepspeed"
+            )
 
     def _get_last_hidden_state(
         self, unwrapped_model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **inputs: Any

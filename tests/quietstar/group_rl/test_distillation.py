@@ -140,7 +140,7 @@ def test_optimizer_steps_are_trls(trained, options):
     assert all(rows == 1 and tokens <= 4 + 4 * 4 for rows, tokens in shared_seen) and all(rows == 4 for rows, _ in seen)
 
 
-def test_other_trainers_are_refused(trained, tiny):
+def test_other_trainers_are_refused(tiny, tmp_path):
     class Wrong(quietstar.SharedDistillation, GRPOTrainer):
         pass
 
@@ -148,3 +148,6 @@ def test_other_trainers_are_refused(trained, tiny):
         ValueError, match="^Wrong: put SharedDistillation before trl's DistillationTrainer, whose _get_last_hid"
     ):
         Wrong(tiny("llama"))
+    arguments = config_of(SharedDistilling, tmp_path)
+    with pytest.raises(ValueError, match="^SharedDistilling: teacher_model must be a model of this process, got None$"):
+        SharedDistilling(tiny("llama"), None, arguments, processing_class=number_tokenizer())
