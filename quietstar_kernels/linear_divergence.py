@@ -6,7 +6,7 @@ Plain PyTorch for any device, some rows at a time. The backward computes the log
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._operator import call, operator
 from .checks import FLOATS, Checker, check_head, under_autocast
-from .cpu._head import row_chunks
+from .cpu._head import chunk_rows
 from .cpu.products import add_product, multiply
 from .reference import wide
 
@@ -77,14 +77,13 @@ def linear_divergence(
     check.tensor("teacher_hidden", teacher_hidden, "R,D'", FLOATS, hidden.device, "hidden")
     given = teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap
     teacher_scale, teacher_softcap, _ = check_head(check, *given, (), "teacher_", "D'")
-    limited = {"scale": scale, "softcap": softcap, "teacher_scale": teacher_scale, "teacher_softcap": teacher_softcap}
-    for name, value in limited.items():
-        check.in_fp32(name, value)
+    scale, softcap = check.in_fp32("scale", scale), check.in_fp32("softcap", softcap)
+    check.in_fp32("teacher_scale", teacher_scale)
+    check.in_fp32("teacher_softcap", teacher_softcap)
     temperature, beta = check.temperature(temperature), check.fraction("beta", beta)
     factors = (*_factors(scale, softcap, temperature), *_factors(teacher_scale, teacher_softcap, temperature))
-    inputs = hidden, weight, bias, teacher_hidden.detach(), teacher_weight.detach()
-    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    divergence: Tensor = call(_forward, *inputs, teacher_bias, *factors, beta)
+    teacher = (None if x is None else x.detach() for x in (teacher_hidden, teacher_weight, teacher_bias))
+    divergence: Tensor = call(_forward, hidden, weight, bias, *teacher, *factors, beta)
     return divergence
 
 
@@ -122,12 +121,9 @@ def _linear_divergence_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         student = _Head(hidden, weight, bias, inner, outer)
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_inner, teacher_outer)
-        shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        dtypes = (hidden.dtype, student.dtype, student.dtype)
-        dhidden, dweight, dbias = (
-            hidden.new_zeros(shape if want else 0, dtype=dtype)
-            for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-        )
+        dhidden = hidden.new_empty(hidden.shape if wanted[0] else 0)
+        dweight = hidden.new_zeros(weight.shape if wanted[1] else 0, dtype=student.dtype)
+        dbias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=student.dtype)
         for rows in _chunks(hidden, len(weight)):
             s, bend = student.log_probs(rows)
             d = _gradient(s, teacher.log_probs(rows)[0].to(s.dtype), beta)
@@ -168,13 +164,10 @@ class _Head:
         return torch.log_softmax(x, -1), bend
 
 
-def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
-    if hidden.device.type == "cpu":
-        yield from row_chunks(len(hidden), vocabulary)
-        return
-    step = max(1, GPU_LOGITS // vocabulary)
-    for start in range(0, len(hidden), step):
-        yield slice(start, min(start + step, len(hidden)))
+def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+    rows = len(hidden)
+    step = chunk_rows(rows, vocabulary) if hidden.device.type == "cpu" else GPU_LOGITS // vocabulary
+    return [slice(start, start + step) for start in range(0, rows, max(step, 1))]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -42,11 +42,11 @@ def shared_divergence(
         ValueError: as for ``shared_logprobs``, two vocabularies of different sizes, or another ``beta``.
     """
     check = Checker("shared_divergence")
-    models = [inside(f"shared_divergence: {name}", model) for name, model in (("student", student), ("teacher", teacher))]
+    whole, own = inside("shared_divergence: student", student)
+    whole_teacher, other = inside("shared_divergence: teacher", teacher)
     given, temperature, beta = check.sequences(sequences), check.temperature(temperature), check.fraction("beta", beta)
     refuse_none(check, given)
-    own, other = models
-    heads = [checked_head(whole, inner).of(inner) for whole, inner in ((student, own), (teacher, other))]
+    heads = [checked_head(student, whole, own).of(own), checked_head(teacher, whole_teacher, other).of(other)]
     sizes = [head.linear.out_features for head in heads]
     if sizes[0] != sizes[1]:
         raise check.fail(f"the teacher must have the student's vocabulary of {sizes[0]}, got {sizes[1]}: resize its embeddings")

@@ -75,7 +75,7 @@ def shared_logprobs(
     Raises:
         ValueError: another attention, a model that can't think, a sequence that isn't integers [T], or another temperature.
     """
-    inner = inside("shared_logprobs: model", model)
+    whole, inner = inside("shared_logprobs: model", model)
     # 1. The sequences, their temperatures, and the forwards that they take.
     check = Checker("shared_logprobs")
     given = check.sequences(sequences if cu_seqlens is None else _split(check, sequences, cu_seqlens))
@@ -83,7 +83,7 @@ def shared_logprobs(
     most = None if max_rows is None else integer("shared_logprobs: max_rows", max_rows, 1)
     refuse_none(check, given)
     parts = _parts(given, most) if any(map(len, given)) else []
-    head = checked_head(model, inner)
+    head = checked_head(model, whole, inner)
     forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
     # 2. Trees on the host. Where there is nothing left to score, one token runs, and nobody reads the result.
     counts = [max(len(ids) - 1, 0) for ids in given]
@@ -114,13 +114,15 @@ def shared_logprobs(
     return (logprobs, entropies) if return_entropy else logprobs
 
 
-def inside(name: str, model: nn.Module) -> PreTrainedModel:
-    """The transformers model that others may wrap. Raises ValueError if it isn't one, or has another attention."""
-    whole = _without_containers(model)
+def inside(name: str, model: nn.Module) -> tuple[Any, PreTrainedModel]:
+    """The model in DistributedDataParallel and the like, and the transformers model in that. Raises ValueError."""
+    whole: Any = model
+    while isinstance(getattr(whole, "module", None), nn.Module):
+        whole = whole.module
     inner = unwrapped(whole)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise no_model(name, "a transformers model with attn_implementation='quietstar'", whole)
-    return inner
+    return whole, inner
 
 
 def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
@@ -129,11 +131,11 @@ def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
         raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
 
 
-def checked_head(model: nn.Module, inner: PreTrainedModel) -> LMHead:
-    """The head of a model, which is checked in the first call."""
+def checked_head(model: nn.Module, whole: Any, inner: PreTrainedModel) -> LMHead:
+    """The head of a model; the first call for it checks it."""
 
     def check() -> None:
-        check_model(_without_containers(model))
+        check_model(whole)
         hand_on_layout(inner)
         verify_once(inner)
         _heads[inner] = find_lm_head(inner)
@@ -144,12 +146,6 @@ def checked_head(model: nn.Module, inner: PreTrainedModel) -> LMHead:
         with torch.no_grad(), answering(inner, check):  # inside a forward, where the weights outside of layers are gathered
             model()
     return _heads[inner]
-
-
-def _without_containers(model: Any) -> Any:
-    while isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel's, for example
-        model = model.module
-    return model
 
 
 def _split(check: Checker, packed: Any, cu_seqlens: Any) -> list[Tensor]:
