@@ -41,7 +41,7 @@ LOGPROBS = {
     "cut, none": {"how": ["tail"], "sequences": [NONE, SEQUENCES], "options": {"max_rows": 8}, "without_grad": [[], SEQUENCES]},
     "temperatures": {"sequences": [SEQUENCES, SEQUENCES], "options": {"temperature": TEMPERATURES}},
     "lora": {"lora": True, "how": ["tail"], "sequences": [SEQUENCES, NONE]},
-    "divergence": {"teacher": True, "sequences": [SEQUENCES, SEQUENCES[:2]], "options": {"beta": 0.5, "temperature": 0.7}},
+    "divergence": {"teacher": True, "how": ["tail"], "sequences": [SEQUENCES, SEQUENCES[:2]], "options": {"beta": 0.5}},
     "divergence, none": {"teacher": True, "sequences": [NONE, SEQUENCES], "without_grad": [[], SEQUENCES]},
     "half precision": {"model": "fp32", "how": ["tail", "bf16"], "sequences": [SEQUENCES, NONE]},
 }
