@@ -6,12 +6,17 @@ Where nothing is under way that must be finished first, a command ends at once. 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+PATIENCE = 3.0  # seconds; launchers may send a signal twice at once
+STUCK = "{name}: waiting for a call to end, perhaps for another process; another signal ends this one, without saving"
 CODE = 75  # of a command that was stopped; Slurm's example queues a job again for it
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 came: list[int] = []  # the signals of the command that runs, those apart that a loop of steps answered
@@ -33,12 +38,17 @@ def say(text: str) -> None:
 
 @contextmanager
 def answered(answer: Callable[[int], None]) -> Iterator[None]:
-    """In this context ``answer`` gets the signals. SIGHUP stays ignored where nohup said so, and forked processes end."""
+    """In this context ``answer`` gets the signals. SIGHUP stays ignored where nohup said so, and forked processes end.
+
+    Python answers between two of its instructions, so not while a call waits for another process. If it hasn't answered after
+    some seconds, the next signal ends the process at once, with exit code 75.
+    """
     before: dict[int, Any] = {}
-    process = os.getpid()
+    process, seen = os.getpid(), _Seen()
 
     def handler(number: int, frame: Any) -> None:
         if os.getpid() == process:
+            seen.answered = time.monotonic()
             answer(number)
         else:
             signal.signal(number, signal.SIG_DFL)
@@ -50,10 +60,61 @@ def answered(answer: Callable[[int], None]) -> Iterator[None]:
                 continue
             with suppress(ValueError):  # only the main thread may handle signals
                 before[number] = signal.signal(number, handler)
-        yield
+        with seen.by_a_thread() if before else nullcontext():
+            yield
     finally:
         for caught, earlier in before.items():
             signal.signal(caught, earlier)
+
+
+class _Seen:
+    """Signals as a thread sees them, which is told by the system at once, whatever the main thread does."""
+
+    answered = 0.0  # when the main thread last did
+
+    @contextmanager
+    def by_a_thread(self) -> Iterator[None]:
+        end, start = os.pipe()
+        os.set_blocking(start, False)
+        earlier = signal.set_wakeup_fd(start, warn_on_full_buffer=False)
+        _wakeups.append(start)
+        thread = threading.Thread(target=self._watch, args=(end,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(earlier)
+            _wakeups.remove(start)
+            os.close(start)
+            thread.join()
+            os.close(end)
+
+    def _watch(self, end: int) -> None:
+        first, said, name = 0.0, True, ""  # of signals that came since the main thread last answered
+        ready = select.poll()
+        ready.register(end, select.POLLIN)
+        while True:
+            found = ready.poll(None if said else 1000 * PATIENCE)
+            now, waits = time.monotonic(), first > self.answered + 1  # it may have answered before this thread saw it
+            if not found:
+                said = True
+                if waits:
+                    say(STUCK.format(name=name))
+                continue
+            came = os.read(end, 1)
+            if not came:
+                return
+            if came[0] in NUMBERS:
+                name = name_of(came[0])
+                if first and waits and now - first >= PATIENCE:
+                    say(f"quietstar: stopped by {name} in the middle of a call")
+                    os._exit(CODE)
+                if not waits:
+                    first, said = now, False
+
+
+_wakeups: list[int] = []  # of this process; signals of a forked one are none of its own
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) if _wakeups else None)
 
 
 @contextmanager
