@@ -370,6 +370,12 @@ class TrainConfig:
     sharding: str = option(
         "no", "FSDP2 over the processes: no, full_shard (least memory) or shard_grad_op (less communication)", may_differ=True
     )
+    rollout_weights: str = option(
+        "sharded",
+        "with full_shard, to sample thoughts and to evaluate: gather a layer each time it runs (sharded), or all weights once "
+        "(gathered), if they fit",
+        may_differ=True,
+    )
     seed: int = option(0, "seed of the data order, thoughts and dropout")
     eval_every: int = option(50, "steps between evaluations on held-out text; 0 for none", may_differ=True)
     save_every: int = option(50, "steps between checkpoints; the last step is always saved", may_differ=True)
@@ -390,6 +396,7 @@ class TrainConfig:
         check_choice(owner, self, "precision", ("no", "bf16", "fp16"))
         check_choice(owner, self, "optimizer", OPTIMIZERS)
         check_choice(owner, self, "sharding", ("no", "full_shard", "shard_grad_op"))
+        check_choice(owner, self, "rollout_weights", ("sharded", "gathered"))
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, counted from 0."""

@@ -35,7 +35,7 @@ from quietstar.run.metrics import Display, Metrics, TrainingLine
 from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optimizer
 from quietstar.run.parts import prepare_parts
 from quietstar.run.resume import find_checkpoint
-from quietstar.run.sharding import shard, whole
+from quietstar.run.sharding import gathered, shard, whole
 from quietstar.texts import Texts
 from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import file_path, flag, function, instance
@@ -137,8 +137,6 @@ class Run:
         self.main = accelerator.is_main_process
         self.strategy = strategy = processes.find_strategy(config)
         processes.check_processes(accelerator.num_processes, config, strategy)
-        if strategy != "no" and qs.thought_config.written:  # processes would run the sharded model a different number of times
-            raise ValueError(f"train: sharding is not supported with text thoughts (thought_start), got {strategy!r}")
         # 2. The checkpoint to continue from, before weights are sharded.
         self.checkpoint = checkpoint = find_checkpoint(resume, config, qs.thought_config)
         self.done = done = snapshots.load(checkpoint, qs) if checkpoint else 0
@@ -211,7 +209,7 @@ class Run:
         ranks, seed, rate = accelerator.num_processes, mix_seed(config.seed, step), config.rate(step)
         torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
         model.train()
-        parts, counts = prepare_parts(accelerator, self.qs, self.parts(step), seed)
+        parts, counts = prepare_parts(accelerator, self.qs, self.parts(step), seed, config.rollout_weights == "gathered")
 
         total: dict[str, Tensor] = {}
         for update in range(config.updates):
@@ -285,7 +283,8 @@ class Run:
         """The results after ``step`` steps, which are also shown, by name with ``prefix``."""
         assert self.evaluation is not None
         self.qs.eval()
-        with torch.no_grad(), self.accelerator.autocast(), processes.watching(self.watch):
+        whole_weights = gathered(self.qs) if self.config.rollout_weights == "gathered" else nullcontext()
+        with torch.no_grad(), self.accelerator.autocast(), processes.watching(self.watch), whole_weights:
             scores = self.evaluation(self.qs)
         self.display.evaluation(step, scores)
         return {f"{prefix}{name}": value for name, value in scores.items()}

@@ -59,6 +59,31 @@ def test_a_text_counts_as_it_does_alone(preset):
         torch.testing.assert_close(found[1][1][name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_chunks_in_which_no_text_thinks(seed):
+    """Parts of a step have as many places as the one with the most, so that a short text leaves whole chunks without a thought:
+    random numbers of anchors and thoughts of no token, in chunks of every size."""
+    qs, generator = thinker(("rlp", "grlp")[seed % 2]), torch.Generator().manual_seed(seed)
+    B, P, N, T = 1 + seed % 3, 5, 2, 4
+    anchors = torch.full((B, P), -1)
+    for row in anchors:
+        used = int(torch.randint(P + 1, (), generator=generator))
+        row[:used] = torch.randperm(L - 1, generator=generator)[:used].sort().values
+    given = {"thought_ids": torch.randint(33, 90, (B, P, N, T), generator=generator), "anchors": anchors}
+    given["thought_lengths"] = torch.randint(T + 1, (B, P, N), generator=generator)
+    want = None
+    for chunk in (None, 1, 2, 3, 4):
+        qs.anchor_chunk = chunk
+        qs.zero_grad()
+        loss = qs(texts(B), **given).loss
+        loss.backward()
+        got = {"loss": loss.detach(), **gradients(qs)}
+        want = want or got
+        assert got.keys() == want.keys()
+        for name, x in want.items():
+            torch.testing.assert_close(got[name], x, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("preset", ["rpt", pytest.param("rlp", marks=pytest.mark.long)])
 def test_commands(preset, tmp_path):
     """Untrained thoughts match nothing, and no text has the end of a sentence within it."""

@@ -253,11 +253,8 @@ def test_packed_documents_share_no_random_numbers():
 @pytest.mark.parametrize("fields", [{"anchors": "gate"}, {"anchors": "entropy"}, {"end_token_id": 2, "stop_threshold": 1 / 61}])
 def test_before_its_losses_a_step_runs_the_model_only_in_methods_that_fsdp_knows(tiny, fields, monkeypatch):
     """Sharded weights are gathered for these alone."""
-    known, inside = [], []
-    monkeypatch.setattr(sharding, "register_fsdp_forward_method", lambda qs, name: known.append(name))
-    monkeypatch.setattr(sharding, "fully_shard", lambda *args, **options: None)
+    inside = []
     qs = QuietStar(tiny("llama"), replace(CONFIG, **fields), verify=False).train()
-    sharding.shard(qs, "shard_grad_op", "no")
 
     def called(own, *args, **options):
         inside.append(own)
@@ -265,7 +262,7 @@ def test_before_its_losses_a_step_runs_the_model_only_in_methods_that_fsdp_knows
         inside.pop()
         return found
 
-    for name in known:
+    for name in sharding.FORWARDS:
         monkeypatch.setattr(qs, name, partial(called, getattr(qs, name)))
     runs = []
     qs.model.model.register_forward_pre_hook(lambda *_: runs.append(bool(inside)))

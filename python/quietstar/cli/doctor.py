@@ -105,7 +105,10 @@ class Doctor(Train):
         rows = plan.texts * (length + places * thoughts.thoughts * thoughts.rows)
         # 3. Bytes of it, by numbers of texts and anchors.
         dtype = getattr(torch, self.dtype)
-        processes = Processes(self.processes, train.sharding, dtype, gathered_dtype(dtype, train.precision))
+        gathered = train.rollout_weights == "gathered"
+        if gathered and train.sharding != "full_shard":
+            raise UsageError("--rollout-weights=gathered needs --sharding=full_shard")
+        processes = Processes(self.processes, train.sharding, dtype, gathered_dtype(dtype, train.precision), gathered)
         weights = count_weights(config, self.lora, thoughts.mixing != "none")
 
         @cache

@@ -156,6 +156,8 @@ class Train:
             "moments": trained // 2 if self.train.optimizer == "8bit" else 2 * trained,
         }
         dtype = gathered_dtype(qs.model.dtype, self.train.precision)
+        whole = dtype.itemsize * sum(x.numel() for x in qs.model.parameters())
+        gathered = whole if self.train.rollout_weights == "gathered" else 0
 
         @cache
         def estimate(texts: int, anchor_chunk: int | None) -> StepMemory:
@@ -163,7 +165,7 @@ class Train:
             memory = step_memory(
                 qs.model.config, self.thoughts, texts, length, dtype, anchor_chunk, places=thinking, adapters=adapters
             )
-            return replace(memory, **parts)
+            return replace(memory, rollout=memory.rollout + gathered, **parts)
 
         each = -(-self.train.batch_size // machine.processes)
         # Sentences may be few, as may thoughts of a file, so that this is the least that they need.

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from quietstar import objective
 from quietstar.evaluation.intervals import mean_gains
 from quietstar.evaluation.scoring import one_thought
-from quietstar.hf.modules import dropout_off
+from quietstar.hf.modules import dropout_off, largest, sharding_group
 from quietstar.model import QuietStar
 from quietstar.run.batches import Batch, Example, batches_of, check_data, mix_seed, text_of
 from quietstar.run.processes import before_batch
@@ -179,7 +179,8 @@ def evaluate(
         of the text, and gain_without_leaks, the mean gain at the others where both kinds occur; thought_length, their mean.
 
     Raises:
-        ValueError: fewer than two texts with something to predict, which give no interval.
+        ValueError: fewer than two texts with something to predict, which give no interval; other texts in another process
+            that shares the weights.
     """
     return summary(token_losses(qs, examples, batch_size, progress, controls))
 
@@ -216,6 +217,7 @@ def token_losses(
     check_data("evaluate: examples", examples)
     flag("evaluate: progress", progress)
     flag("evaluate: controls", controls)
+    _check_same_in_each_process(qs, examples, batch_size)
     examples = at_chosen_anchors(qs, examples, batch_size)
     losses, own = measure(qs, examples, batch_size, progress, keep=controls)
     if not can_swap(own):
@@ -223,6 +225,17 @@ def token_losses(
     # The thoughts sampled above, so that this costs only a forward.
     others, _ = measure(qs, with_thoughts_of_another(own), batch_size, progress, keep=False)
     return replace(losses, another=others.mixed)
+
+
+def _check_same_in_each_process(qs: QuietStar, examples: Sequence[Example], batch_size: int) -> None:
+    """Processes that gather weights from each other run the model equally often."""
+    group, device = sharding_group(qs.model), qs.start_embedding.device
+    size = hash((batch_size, *(tuple(_places(x).tolist()) for x in examples))) if group is not None else 0
+    if largest(group, size, device) != -largest(group, -size, device):
+        raise ValueError(
+            "evaluate: examples must be the same in each process where weights are sharded, but there are "
+            f"{len(examples)} in this one; with rollout_weights='gathered' they may differ"
+        )
 
 
 @torch.no_grad()

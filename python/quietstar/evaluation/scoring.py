@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quietstar import checks
 from quietstar.hf.decoder import PackedPass, decode_rows
-from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.hf.modules import check_whole, dropout_off, embeddings
 from quietstar.model import QuietStar
 from quietstar.texts import Texts, with_lengths
 from quietstar_kernels.checks import INTEGERS, instance, integer, items, refusal, refuse_outside, tensor
@@ -75,6 +75,7 @@ def score_tokens(
 def _check(
     one: QuietStar, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], allowed: Sequence[Tensor] | None
 ) -> None:
+    check_whole("score_tokens", one.model)
     V = one.lm_head.linear.out_features
     for text in items("texts", texts, 1):
         for token in items("texts", text, 1):

@@ -21,7 +21,7 @@ from quietstar.evaluation.intervals import mean_interval
 from quietstar.explanation.page import render
 from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, ExplainedToken, text_pieces, token_text
 from quietstar.files.writing import write_whole
-from quietstar.hf.modules import dropout_off, not_finite, unwrapped
+from quietstar.hf.modules import check_whole, dropout_off, not_finite, unwrapped
 from quietstar.model import QuietStar
 from quietstar.objective import following, leaks
 from quietstar.thinking.forward import PackedInputs, Thinker
@@ -103,6 +103,7 @@ def explain(
     """
     thinker, tokenizer, seed = instance("qs", qs, QuietStar).thinker, qs.tokenizer, checks.check_seed(seed)
     flag("add_special_tokens", add_special_tokens)
+    check_whole("explain", qs.model)
     input_ids = _tokenize(thinker, tokenizer, "text", text, add_special_tokens)
     other_ids = input_ids if another is None else _tokenize(thinker, tokenizer, "another", another, add_special_tokens)
     # Only the next token is looked at, and greedy thoughts are identical.

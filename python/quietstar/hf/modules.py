@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,6 +48,36 @@ def unmark_gguf(model: PreTrainedModel) -> None:
     if getattr(quantization, "quant_method", None) == "gguf":
         del model.config.quantization_config
         vars(model).update(hf_quantizer=None, is_quantized=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the model over processes, which must then run it equally often, forward and backward."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def sharding_group(model: nn.Module) -> distributed.ProcessGroup | None:
+    """The processes that the next forwards gather weights from; None where this one has all of them."""
+    for weight in model.parameters():
+        if isinstance(weight, DTensor):
+            for dimension, placement in enumerate(weight.placements):
+                if placement.is_shard():
+                    return weight.device_mesh.get_group(dimension)
+    return None
+
+
+def check_whole(name: str, model: nn.Module) -> None:
+    """Raises ValueError if weights are sharded, for what would run the model another number of times in each process."""
+    if sharding_group(model) is not None:
+        raise ValueError(f"{name}: weights are sharded: in quietstar.run.sharding.gathered(qs) each process has all of them")
+
+
+def largest(group: distributed.ProcessGroup | None, value: int, device: torch.device) -> int:
+    """The largest value in any process of a group; of None, the one here. Waits for the device."""
+    if group is None:
+        return value
+    found = torch.full((), value, dtype=torch.int64, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX, group)
+    return int(found)
 
 
 @contextmanager

@@ -98,18 +98,21 @@ class Processes:
         sharding: no (DDP), full_shard or shard_grad_op.
         dtype: of the language model's weights, gradients and moments.
         computed: the dtype that weights are gathered in or cast to for computation.
+        gathered: whether all layers are gathered at once for the rollout, which full_shard else does one by one.
     """
 
     number: int
     sharding: str = "no"
     dtype: torch.dtype = torch.float32
     computed: torch.dtype = torch.float32
+    gathered: bool = False
 
 
 def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -> StepMemory:
     """``memory``, the estimate for one process's texts, with this process's share of weights, gradients and moments.
 
-    Sharded weights are gathered for one layer while the next is fetched (full_shard), or for all layers (shard_grad_op).
+    Sharded weights are gathered for one layer while the next is fetched (full_shard), or for all layers (shard_grad_op, and
+    ``gathered`` during the rollout).
     Gradients are whole for one layer, and for the last group until the end of the backward.
     """
     W, computed = processes.number, processes.computed.itemsize
@@ -127,6 +130,7 @@ def process_memory(memory: StepMemory, weights: Weights, processes: Processes) -
         weights=kept // W + computed * whole + 4 * weights.head,
         gradients=gradients // W + int(trained * unsummed),
         moments=2 * gradients // W,
+        rollout=memory.rollout + processes.gathered * computed * max(0, weights.layers - 2 * weights.layer),
         largest=largest // W,
     )
 
@@ -151,15 +155,17 @@ def step_traffic(weights: Weights, thoughts: ThoughtConfig, processes: Processes
 
     full_shard gathers a layer for every pass through it: the rollout's text and T rows of each chunk, the forward of the text
     and of each chunk, the recomputation of each chunk, and the backward. shard_grad_op gathers it for the first pass and keeps
-    it until its backward; a backward in chunks gathers it for each chunk.
+    it until its backward; a backward in chunks gathers it for each chunk. Where the rollout's weights are gathered, it is done
+    once, with those of the heads.
     """
     if processes.sharding == "no":
         return StepTraffic(all_reduce=weights.gradient_bytes(processes.dtype))
     n, T = chunks, thoughts.thought_tokens
-    rollout, training = 1 + n * T, 2 if n == 1 else 2 + 3 * n
+    rollout, training = 1 + (not processes.gathered) * n * T, 2 if n == 1 else 2 + 3 * n
     heads = 2 if n == 1 else 2 * n
     if processes.sharding == "shard_grad_op":
         rollout, training, heads = 0, 1 if n == 1 else 1 + n, n
+    heads += processes.gathered
     layers = (rollout + training) * weights.layers
     return StepTraffic(
         all_gather=processes.computed.itemsize * (layers + weights.rest) + 4 * heads * weights.head,

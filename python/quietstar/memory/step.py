@@ -43,7 +43,7 @@ class StepMemory:
         mixing: the mixing head, the mixed states and the inputs of the LM head.
         head_on_cpu: the logits that the LM head keeps, a chunk of logits, and the head's gradient while it is accumulated.
         head_on_gpu: the same on a GPU, where the head may keep more, and its backward takes more with more rows.
-        rollout: keys and values of the text and of T rows of each thought.
+        rollout: keys and values of the text and of T rows of each thought, and weights that are gathered for them alone.
         largest: the largest trained weight.
         gpu_bytes: the memory of the GPU.
     """
@@ -267,7 +267,7 @@ def memory_table(memory: StepMemory, libraries: int, checkpointing: bool = False
         rows |= {"activations of the text": memory.text, "activations of the thoughts": memory.thoughts}
     rows |= {
         "mixing head": memory.mixing,
-        "keys and values of the rollout (before)": memory.rollout,
+        "rollout (before)": memory.rollout,
         f"LM head on a GPU that has {human(memory.gpu_bytes)}": memory.head_on_gpu,
         "AdamW's temporaries on a GPU (after)": memory.update_on_gpu,
         "together, on a GPU": memory.peak(checkpointing),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial, reduce
 from operator import add
@@ -13,10 +14,13 @@ from torch.nn.functional import pad
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.run.batches import Batch, moved
+from quietstar.run.sharding import gathered
 from quietstar.texts import COLUMNS, Texts
 
 
-def prepare_parts(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: int) -> tuple[list[Texts], Counts]:
+def prepare_parts(
+    accelerator: Accelerator, qs: QuietStar, parts: list[Batch], seed: int, gather: bool = False
+) -> tuple[list[Texts], Counts]:
     """Checks the parts of a step, chooses anchors, samples thoughts whose lengths are not known, and counts targets.
 
     Parts on the CPU are checked and laid out there. A GPU is waited for only to choose anchors by entropy or a gate, to agree
@@ -25,6 +29,7 @@ def prepare_parts(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], s
     Args:
         qs: in training mode.
         parts: this process's, as ``batches.collate`` makes them.
+        gather: sample all thoughts here, with whole weights.
 
     Returns:
         This process's parts on its device, and the counts of all parts and processes.
@@ -40,11 +45,12 @@ def prepare_parts(accelerator: Accelerator, qs: QuietStar, parts: list[Batch], s
             most = _most(accelerator, max(part.layout.P for part in texts))
             texts = [part.with_unused_anchors(most) for part in texts]
         stops = qs.thought_config.stop_threshold is not None or qs.thought_config.written
-        if not stops:
+        if not stops and not gather:
             counts = [qs.count_targets(part) for part in texts]
         texts = [part.map(partial(moved, device=accelerator.device)) for part in texts]
-        if stops:  # only sampling shows how many tokens there are to count
-            texts = [part if part.thought_ids is not None else _with_own_thoughts(qs, part, seed) for part in texts]
+        if stops or gather:  # if they stop, only sampling shows how many tokens there are to count
+            with gathered(qs) if gather else nullcontext():
+                texts = [part if part.thought_ids is not None else _with_own_thoughts(qs, part, seed) for part in texts]
             counts = [qs.count_targets(part) for part in texts]
     return texts, total_counts(accelerator, counts)
 

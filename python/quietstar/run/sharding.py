@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from quietstar.hf.modules import unwrapped
+from quietstar.hf import adapters
+from quietstar.hf.modules import sharding_group, unwrapped
 from quietstar.model import QuietStar
 
 COMPUTE = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORWARDS = ("think", "choose_anchors", "generate")  # methods that run the model outside of ``forward``
+_freed: WeakSet[FSDPModule] = WeakSet()  # what full_shard reshards after each forward
 
 
 def shard(qs: QuietStar, strategy: str, precision: str) -> None:
@@ -28,6 +33,8 @@ def shard(qs: QuietStar, strategy: str, precision: str) -> None:
         strategy: full_shard gathers a layer's weights each time it runs, shard_grad_op once per step.
         precision: no, bf16 or fp16.
     """
+    if qs.base_model is not None and adapters.there(qs.model):  # they share weights, which FSDP wants in one group
+        raise ValueError("train: base_model must be 'frozen' or 'current' for adapters with sharding, got 'ema'")
     if precision != "no":
         for weight in qs.parameters():
             if weight.requires_grad:
@@ -42,26 +49,77 @@ def shard(qs: QuietStar, strategy: str, precision: str) -> None:
     # Autocast already casts inputs, and the log-probabilities among them must not be cast.
     policy = MixedPrecisionPolicy(COMPUTE[precision], torch.float32 if precision != "no" else None, cast_forward_inputs=False)
     layers = set(unwrapped(qs.model)._no_split_modules or [])
+    groups: list[Any] = []
     for module in list(qs.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
+            groups.append(module)
             if reshard:
-                module.register_forward_hook(_reshard)
+                module.register_forward_hook(_reshard, with_kwargs=True)
     for head in (qs.mixing_head, qs.gate):
         if head is not None:
             fully_shard(head, reshard_after_forward=reshard)
+            groups.append(head)
+    if reshard:
+        _freed.update(groups)
     fully_shard(qs, mp_policy=policy)
-    for method in ("think", "choose_anchors"):  # they run the model outside of ``forward``
-        register_fsdp_forward_method(qs, method)
+    for name in FORWARDS:
+        setattr(type(qs), name, _as_forward(getattr(QuietStar, name)))
 
 
-def _reshard(layer: nn.Module, *_: Any) -> None:
+def _as_forward(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method with FSDP's hooks around it, which ``forward`` has anyway.
+
+    Unlike ``register_fsdp_forward_method`` it serves copies by ``with_config``, too.
+    """
+
+    @wraps(method)
+    def call(self: QuietStar, *args: Any, **kwargs: Any) -> Any:
+        vars(self)["forward"] = partial(method, self)
+        try:
+            return self(*args, **kwargs)
+        finally:
+            del vars(self)["forward"]
+
+    return call
+
+
+@contextmanager
+def gathered(qs: QuietStar) -> Iterator[None]:
+    """In this context each process has the whole language model, in the precision of the computation.
+
+    Thoughts, evaluation and generation then need no other process, unless rewards compare with a copy of the model, which stays
+    sharded. All processes must enter, and compute nothing with gradients inside. Weights that are whole already stay as they
+    are.
+    """
+    if sharding_group(qs.model) is None:
+        yield
+        return
+    _as_forward(lambda self: None)(qs)  # gathers what is in no group below
+    parts = [part for part in (qs.model, qs.mixing_head, qs.gate) if part is not None]
+    groups = [module for part in parts for module in part.modules() if isinstance(module, FSDPModule)]
+    try:
+        for group in groups:
+            if group in _freed:
+                group.set_reshard_after_forward(False, recurse=False)
+            group.unshard()
+        yield
+    finally:
+        for group in groups:
+            if group in _freed:
+                group.set_reshard_after_forward(True, recurse=False)
+                group.reshard()
+
+
+def _reshard(layer: nn.Module, inputs: tuple, options: dict[str, Any], _: Any) -> None:
     """Reshards a layer after its forward.
 
     FSDP does not do this during a backward: with gradient checkpointing, the layer's own backward comes next. But when a chunk
-    of anchors is recomputed, all layers run first and would be gathered together.
+    of anchors is recomputed, all layers run first and would be gathered together. A layer whose input has no gradient, as the
+    first one of a model with adapters, stays as it is: to FSDP its backward ends with that of all chunks.
     """
-    if not getattr(layer, "gradient_checkpointing", False):
+    ends = any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *options.values()))
+    if ends and not getattr(layer, "gradient_checkpointing", False):
         cast(FSDPModule, layer).reshard()
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quietstar.config import ThoughtConfig, check_anchor_chunk
 from quietstar.hf.decoder import ChunkPass, LeafPass, decode_rows
-from quietstar.hf.modules import embeddings, layer_checkpoints_off
+from quietstar.hf.modules import embeddings, is_sharded, layer_checkpoints_off
 from quietstar.memory.step import CHUNK_COPIES, head_calls, head_on_cpu, head_on_gpu, step_memory
 from quietstar.thinking.forward import PackedInputs, Predictions, Thinker
 from quietstar_kernels import ThoughtLayout
@@ -37,7 +37,12 @@ def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Pred
         checkpoint(_predict_chunk, thinker, inputs.select(places), text, text_pass.keys_values, use_reentrant=False)
         for places in inputs.layout.chunks(size)
     ]
-    return Predictions(text, nll_base, *(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+    predicted = Predictions(text, nll_base, *(torch.cat(column, 1) for column in zip(*parts, strict=True)))
+    if is_sharded(thinker.model):
+        # FSDP gathers a layer for its backward when the gradient of its output comes. The text's last layer may have only that
+        # of its keys and values.
+        predicted = predicted._replace(logprob=predicted.logprob + text[:, :0].sum())
+    return predicted
 
 
 def _predict_chunk(

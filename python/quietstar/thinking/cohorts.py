@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.decoder import LeafPass, ThoughtPass, decode_rows
 from quietstar.hf.lm_head import LMHead
-from quietstar.hf.modules import dropout_off, embeddings
+from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Thoughts, on_device
@@ -110,7 +110,8 @@ class CohortsPass(ThoughtPass):
 def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature: float, live: int | None = None) -> Thoughts:
     """Sample the tokens of every thought of some texts up to its end; at temperature 0 one for all N of an anchor.
 
-    A thought's tokens depend on its text, its anchor, n and the seed: not on what else is sampled with it.
+    A thought's tokens depend on its text, its anchor, n and the seed: not on what else is sampled with it. Where weights are
+    sharded, all processes take as many steps as the one with the most.
 
     Args:
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
@@ -144,6 +145,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
+        group = sharding_group(model)
         while True:
             left = counts - taken
             free = width - sum(((c.place >= 0).sum(1) for c in cohorts), torch.zeros_like(counts))
@@ -156,7 +158,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
                 anchor = layout.anchor.gather(1, place.clamp(min=0) // N).masked_fill(place < 0, -1)
                 cohorts.append(Cohort(place, anchor, layout.lo, marks, len(marks.start) + T))
                 taken = taken + begin
-            if not cohorts:
+            if not largest(group, len(cohorts), device):
                 break
             cohorts = rollout.step(cohorts, ids, logprob, lengths)
     ids, logprob, lengths = (x[:, :-1].unflatten(1, (P, N)) for x in (ids, logprob, lengths))
@@ -181,6 +183,10 @@ class _Rollout:
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""
+        if not cohorts:  # but in other processes, which gather this one's part of the weights
+            none = self.position[:, :0]
+            decode_rows(self.model, embeddings(self.model)(none), none, CohortsPass(self.text, cohorts, self.positions))
+            return cohorts
         # 1. The next row of each thought.
         anchor = torch.cat([c.anchor for c in cohorts], 1).long().clamp(min=0)
         place = torch.cat([c.place for c in cohorts], 1)

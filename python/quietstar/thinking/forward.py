@@ -14,7 +14,7 @@ from quietstar import checks
 from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
-from quietstar.hf.modules import embeddings
+from quietstar.hf.modules import embeddings, is_sharded
 from quietstar.objective import IGNORED, Targets, at_anchors, sampled
 from quietstar.texts import check_texts, with_lengths
 from quietstar.thinking.text_thoughts import Marks, WrittenRows
@@ -254,8 +254,9 @@ class Thinker:
         Returns last hidden states of the text [B,L,D], those that predict the text after each thought [B,P,N,J,D], and the
         log-probabilities of the sampled tokens [B,P,N,T].
         """
-        if self.marks is not None and layout.B > 1 and layout.device.type == "cpu":
+        if self.marks is not None and layout.B > 1 and layout.device.type == "cpu" and not is_sharded(self.model):
             # Text by text nothing is padded to the longest, and the allocator keeps memory that it hands back if it is large.
+            # Processes that share weights may have different numbers of texts, but must run the model equally often.
             one = [slice(b, b + 1) for b in range(layout.B)]
             each = [self.packed_states(_only(layout, b), input_ids[b], thought_ids[b], None) for b in one]
             text, ahead, logprob = (torch.cat(parts) for parts in zip(*each, strict=True))

@@ -18,7 +18,7 @@ from quietstar.checks import check_seed, check_think
 from quietstar.hf.architectures import most_rows
 from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Graphs, Runner
-from quietstar.hf.modules import dropout_off, embeddings, not_finite
+from quietstar.hf.modules import check_whole, dropout_off, embeddings, not_finite, sharding_group
 from quietstar.hf.positions import check_room, learned_positions, position_limits
 from quietstar.objective import sampled
 from quietstar.texts import check_columns, make_layout
@@ -67,6 +67,7 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
         options["max_new_tokens"] = integer("generate: max_new_tokens", options["max_new_tokens"], 1)
     with dropout_off(model):
         if thinking.think != "never":
+            check_whole(f"generate: think={thinking.think!r}", model)
             if thinker.marks is not None:
                 start = thinker.config.thought_start
                 raise ValueError(
@@ -82,6 +83,8 @@ def generate(thinker: Thinker, graphs: Graphs | None, input_ids: Tensor, thinkin
         longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(1).max())
         check_room(type(model).__name__, learned_positions(model), longest)
         options["logits_processor"] = [FiniteLogits(model), *(options.get("logits_processor") or ())]
+        if sharding_group(model) is not None:  # each process runs the model until all have ended their texts
+            options["synced_gpus"] = True
         return model.generate(input_ids, **options)
 
 

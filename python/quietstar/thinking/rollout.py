@@ -12,7 +12,7 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.graphs import EAGER, Runner
 from quietstar.hf.lm_head import LMHead
-from quietstar.hf.modules import dropout_off, embeddings, not_finite
+from quietstar.hf.modules import dropout_off, embeddings, largest, not_finite, sharding_group
 from quietstar.objective import sampled
 from quietstar.texts import Texts
 from quietstar_kernels import ThoughtLayout
@@ -171,7 +171,8 @@ def continue_thoughts(
 ) -> tuple[Thoughts, Tensor | None]:
     """The T steps of ``sample_vector_thoughts`` over a text in ``store``; ``sequence_ids`` [B,P] are those of the anchors.
 
-    No step decides anything on the host, with one exception: where thoughts may stop early, the loop ends with the last one.
+    No step decides anything on the host, with one exception: where thoughts may stop early, the loop ends with the last one,
+    of all processes where weights are sharded.
 
     Args:
         seed: int64 [].
@@ -189,7 +190,7 @@ def continue_thoughts(
     logprob = torch.zeros((B, P, N, T), device=start.device)
     lengths = layout.length.long().clamp(max=T)
     embeds = start.repeat(B, P * N, 1)
-    ends = None
+    ends, group = None, None if whole or sampling.stop is None else sharding_group(model)
     for step in range(T if end is None else T + 2):
         hidden = decode_step(model, embeds, store, step).unflatten(1, (P, N))
         ends = hidden if ends is None else torch.where((lengths + 1 == step)[..., None], hidden, ends)
@@ -197,7 +198,8 @@ def continue_thoughts(
             if step < T:
                 likely = head.logprob(hidden, torch.full_like(lengths, sampling.stop.end)).exp() > sampling.stop.threshold
                 lengths = torch.where(likely, lengths.clamp(max=step), lengths)
-            if not whole and not _goes_on(lengths > step if end is None else lengths >= step):
+            running = (lengths > step if end is None else lengths >= step).any()
+            if not whole and not largest(group, int(running), start.device):
                 break
         if step < T:
             counters[..., 3].fill_(step)
@@ -207,12 +209,6 @@ def continue_thoughts(
             embeds = torch.where((lengths == step).flatten(1)[..., None], end, embeds)
     thoughts = Thoughts(ids, logprob).cut(lengths)
     return (replace(thoughts, thought_lengths=None) if sampling.stop is None else thoughts), ends
-
-
-def _goes_on(running: Tensor) -> bool:
-    """Whether any thought continues. With several processes none ends early, since a sharded model's forwards need them all."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (distributed and torch.distributed.get_world_size() > 1) or bool(running.any())
 
 
 def on_device(seed: int, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """The memory and traffic of one process, against real models and by hand; the table in docs/large-models.md."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_memory_of_a_process(tiny):
     assert full.gradients == alone.gradients // 4 + 4 * (weights.rest + 2 * weights.layer)
     assert sharded("full_shard", torch.bfloat16).weights == full.weights - 2 * (weights.rest + 2 * weights.layer)
     assert sharded("no", torch.bfloat16).weights == alone.weights + 2 * weights.layers
+    rollout = process_memory(alone, weights, Processes(4, "full_shard", gathered=True))
+    assert rollout == replace(full, rollout=full.rollout + 4 * (weights.layers - 2 * weights.layer))
     for part in ("text", "thoughts", "head_on_cpu", "head_on_gpu"):
         assert getattr(full, part) == getattr(alone, part)
 
@@ -64,13 +67,14 @@ def test_passes_through_the_layers(tiny):
     """The rollout's text and T rows, forward and backward; tests/quietstar/run/test_processes.py measures real ones."""
     weights = count_weights(tiny("llama").config)
 
-    def gathered(sharding, chunks=1):
-        traffic = step_traffic(weights, THOUGHTS, Processes(2, sharding), chunks)
+    def gathered(sharding, chunks=1, whole=False):
+        traffic = step_traffic(weights, THOUGHTS, Processes(2, sharding, gathered=whole), chunks)
         return (traffic.all_gather - 4 * weights.rest) / 4
 
     T, heads = THOUGHTS.thought_tokens, weights.head
     assert gathered("full_shard") == (1 + T + 2) * weights.layers + 2 * heads
     assert gathered("full_shard", 3) == (1 + 3 * T + 2 + 3 * 3) * weights.layers + 6 * heads
+    assert gathered("full_shard", 3, whole=True) == (1 + 2 + 3 * 3) * weights.layers + 7 * heads
     assert gathered("shard_grad_op") == weights.layers + heads
 
 
@@ -83,6 +87,8 @@ def test_the_command_prints_what_processes_need_and_exchange(tiny, tmp_path, cap
     assert cli.main(arguments) == 0
     assert "sent by each" not in capsys.readouterr().out
     assert cli.main([*arguments, "--processes=0"]) == cli.USAGE
+    assert cli.main([*arguments, "--processes=4", "--sharding=full_shard", "--rollout-weights=gathered"]) == 0
+    assert cli.main([*arguments, "--processes=4", "--rollout-weights=gathered"]) == cli.USAGE
 
 
 SHAPES = {

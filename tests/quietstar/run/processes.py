@@ -1,7 +1,8 @@
 """Jobs for one process or several: ``python processes.py jobs.json`` runs them in each that torchrun's variables describe.
 
 A job is a dict: model, a folder; thoughts and train, fields of the configs; lengths of the texts; resume; checkpointing; the
-rank of adapters; whether to evaluate and to count traffic.
+rank of adapters; whether to evaluate and to count traffic; words, whether the model has a tokenizer; whether to use what was
+trained.
 """
 
 import json
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,13 @@ from transformers import AutoModelForCausalLM
 
 from quietstar import QuietStar, ThoughtConfig
 from quietstar.config import AdapterConfig, TrainConfig
-from quietstar.evaluation.losses import evaluate
+from quietstar.evaluation.losses import evaluate, with_own_thoughts
+from quietstar.evaluation.scoring import score_tokens
+from quietstar.hf.modules import sharding_group
 from quietstar.run.processes import process_state
+from quietstar.run.sharding import gathered
+from quietstar.testing import byte_tokenizer
+from quietstar.thinking import cohorts
 from quietstar.training import thought_loss, train
 
 
@@ -49,12 +55,44 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def use(qs, rank):
+    """Evaluation and generation, where processes have different texts; and what is refused."""
+    qs.eval()
+    mine, found = texts([9, 8, 7][rank:]), {}
+
+    def write(new):
+        ids = torch.stack([x["input_ids"][:7] for x in mine])
+        return qs.generate(ids, torch.ones_like(ids), new, think="never", do_sample=False).tolist()
+
+    def refused(function, *arguments, **options):
+        try:
+            function(*arguments, **options)
+        except ValueError as error:
+            return str(error)
+
+    found["text"] = write(5 + 4 * rank)
+    found["thoughts"] = [x["thought_ids"].tolist() for x in with_own_thoughts(qs, texts([9, 8]))]
+    if sharding_group(qs.model) is not None:
+        ids = torch.ones(1, 4, dtype=torch.int64)
+        found["refused"] = [refused(evaluate, qs, mine), refused(score_tokens, qs, [[3, 4, 5]], [[1]])]
+        found["refused"].append(refused(qs.generate, ids, torch.ones_like(ids), 2, think="always"))
+    with suppress(KeyError), gathered(qs):
+        assert sharding_group(qs.model) is None
+        found["again"] = write(2 + 7 * rank)
+        found["figures"] = evaluate(qs, mine)
+        raise KeyError
+    found["sharded"] = sharding_group(qs.model) is not None
+    return found
+
+
 def run_job(job):
     """Trains, and returns what this process saw: its thoughts by (step, text), bytes of each collective, dtypes at the end and
     the share of the rewards that are bf16 numbers.
     """
     torch.manual_seed(7)
-    qs = QuietStar(AutoModelForCausalLM.from_pretrained(job["model"]), ThoughtConfig(**job["thoughts"]), verify=False)
+    tokenizer = byte_tokenizer() if job.get("words") else None
+    model = AutoModelForCausalLM.from_pretrained(job["model"])
+    qs = QuietStar(model, ThoughtConfig(**job["thoughts"]), tokenizer, verify=False)
     torch.nn.init.normal_(qs.mixing_head[4].weight, 0, 0.2)
     if job.get("rank"):
         qs.add_adapters(AdapterConfig(lora_rank=job["rank"]))
@@ -72,6 +110,14 @@ def run_job(job):
         return value, out
 
     config = TrainConfig(**job["train"])
+    step, rows = cohorts._Rollout.step, {"steps": 0, "empty": 0}
+
+    def counted(rollout, now, *results):
+        rows["steps"] += 1
+        rows["empty"] += not now
+        return step(rollout, now, *results)
+
+    cohorts._Rollout.step = counted
     with Traffic() if job.get("traffic") else nullcontext() as traffic:
         try:
             data, held_out = texts(job["lengths"]), partial(evaluate, examples=texts([9, 8, 9]), batch_size=2)
@@ -80,11 +126,17 @@ def run_job(job):
         except ValueError as error:
             return {"error": str(error)}
         finally:
+            cohorts._Rollout.step = step
             AcceleratorState._reset_state()
+    ranks = [process_state().process_index] if process_state().num_processes > 1 else [0, 1]
+    used = [use(qs, rank) for rank in ranks] if job.get("use") else []
+    AcceleratorState._reset_state()
     reward = seen["reward"][seen["reward"] != 0]
     return {
         "lines": lines,
         "thoughts": thoughts,
+        "rollout": rows,
+        "used": used,
         "traffic": traffic.bytes if traffic is not None else {},
         "dtypes": {name: str(x.dtype) for name, x in seen.items()},
         "rounded": float((reward == reward.bfloat16().float()).float().mean()),

@@ -18,6 +18,7 @@ from quietstar.checkpoints import places
 from quietstar.cli import main as cli
 from quietstar.config import TrainConfig
 from quietstar.memory.processes import Processes, chunk_count, count_weights, step_traffic
+from quietstar.run import signals
 from quietstar.run.processes import Signals, find_strategy, process_state
 from tests.quietstar.common import without_times
 from tests.quietstar.run import processes
@@ -38,13 +39,29 @@ RUNS = {
     "adapters": {"rank": 4, "thoughts": {"base_model": "frozen"}, "checkpointing": True},
     "stopping": {"thoughts": {"end_token_id": 2, "stop_threshold": 1 / 61}},
 }
+# Thoughts end at a quarter of all tokens, and so at other steps in each process.
+WORDS = {"thought_tokens": 20, "thought_start": "<", "thought_end": ">", "anchor_count": 4}
+RUNS |= {
+    "rlp": {"thoughts": {"preset": "rlp"}, "evaluate": 1, "eval_every": 2, "use": 1},
+    "rlp adapters": {"thoughts": {"preset": "rlp", "base_model": "frozen"}, "rank": 4, "anchor_chunk": 2},
+    "grlp": {"thoughts": {"preset": "grlp"}, "batch_size": 7, "accumulation": 2, "updates": 2, "checkpointing": True},
+    "rpt": {"thoughts": {"preset": "rpt", "base_weight": 0.1}, "anchor_chunk": 2},
+}
+for run in ("rlp", "rlp adapters", "grlp", "rpt"):
+    RUNS[run] |= {"model": "bytes", "words": 1, "thoughts": WORDS | RUNS[run]["thoughts"]}
 CUTS = [("plain", "no"), ("plain", "full_shard"), ("plain", "shard_grad_op"), ("parts", "no")]
 CUTS += [(name, "full_shard") for name in ("tied weights", "parts", "family", "gate", "adapters", "stopping")]
-TRAFFIC = [("no", None), ("full_shard", None), ("full_shard", 3), ("shard_grad_op", None)]
+# With full_shard; "gathered" has whole weights for the rollout.
+OWN = [("rlp", "full_shard"), ("rlp", "shard_grad_op"), ("rlp", "gathered"), ("rlp adapters", "full_shard")]
+OWN += [("grlp", "full_shard"), ("rpt", "full_shard"), ("rpt", "gathered")]
+CUTS += [*OWN, ("family", "gathered")]
+TRAFFIC = [("no", None), ("full_shard", None), ("full_shard", 3), ("shard_grad_op", None), ("gathered", None)]
 
 
 def make_job(home, out, model="llama", thoughts=None, checkpointing=False, resume=None, **changes):
-    flags = {name: changes.pop(name, 0) for name in ("traffic", "rank", "evaluate")}
+    flags = {name: changes.pop(name, 0) for name in ("traffic", "rank", "evaluate", "words", "use")}
+    if changes.get("sharding") == "gathered":
+        changes |= {"sharding": "full_shard", "rollout_weights": "gathered"}
     settings = {"steps": 4, "batch_size": 5, "learning_rate": 1e-3, "warmup": 2, "save_every": 2, "keep": 3, **changes}
     return {
         "model": str(home / model),
@@ -67,6 +84,9 @@ def assert_same_lines(ours, theirs):
 def home(tiny, tmp_path_factory):
     home = tmp_path_factory.mktemp("processes")
     tiny("llama").save_pretrained(home / "llama")
+    words = tiny("llama", vocab_size=256)
+    words.generation_config.eos_token_id = list(range(0, 256, 4))
+    words.save_pretrained(home / "bytes")
     tiny("gpt2", resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0).save_pretrained(home / "gpt2")
     return home
 
@@ -97,6 +117,12 @@ def together(home, alone):
     for sharding, chunk in TRAFFIC:
         options = {"sharding": sharding, "anchor_chunk": chunk, "steps": 1, "traffic": True}
         jobs[f"traffic {sharding} {chunk}"] = make_job(home, "traffic", **options)
+    jobs["ema"] = make_job(home, "refused", rank=2, thoughts={"base_model": "ema"}, sharding="full_shard")
+    jobs["whole"] = make_job(home, "refused", sharding="shard_grad_op", rollout_weights="gathered")
+    for sharding in ("full_shard", "gathered"):
+        jobs[f"words bf16 {sharding}"] = make_job(
+            home, "bf16", **RUNS["rlp"] | {"use": 0}, sharding=sharding, precision="bf16", steps=2
+        )
     jobs["bf16"] = make_job(home, "bf16", sharding="full_shard", precision="bf16", steps=1)
     return dict(zip(jobs, processes.run_in_processes(list(jobs.values()), 2, home), strict=True))
 
@@ -128,6 +154,48 @@ def test_two_processes_compute_what_one_does(home, alone, together, cut):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("cut", OWN, ids=" ".join)
+def test_thoughts_that_end_themselves(home, alone, together, cut):
+    """Weights differ by rounding, which AdamW enlarges where gradients are small; a text that is left out would be 1e4 times
+    that. Where layers are gathered one by one, both processes wait."""
+    one, two = alone(cut[0]), together[cut]
+    steps, first = one["lines"][-1]["step"], load_file(home / "bytes/model.safetensors")
+    theirs, ours = (places.folder(home / out, steps) for out in (" ".join(cut), f"alone {cut[0]}"))
+    file = "adapter_model.safetensors" if RUNS[cut[0]].get("rank") else "model.safetensors"
+    got, want = load_file(theirs / file), load_file(ours / file)
+    assert got.keys() == want.keys()
+    differ = sum(float((got[key] - want[key]).square().sum()) for key in want)
+    moved = sum(float((want[key] - first.get(key, 0)).square().sum()) for key in want)
+    assert differ**0.5 <= 1e-4 * moved**0.5 > 0
+    waited = [result["rollout"]["empty"] for result in two]
+    if cut[1] == "full_shard":
+        assert min(waited) > 0 and len({result["rollout"]["steps"] for result in two}) == 1
+    else:
+        assert waited == [0, 0] and len({result["rollout"]["steps"] for result in two}) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["full_shard", "gathered"])
+def test_evaluation_and_generation(alone, together, sharding):
+    for one, result in zip(alone("rlp")["used"], together["rlp", sharding], strict=True):
+        (two,) = result["used"]
+        assert two.pop("sharded") and not one["sharded"]
+        assert two["figures"] == pytest.approx(one["figures"], rel=1e-4, abs=1e-5)
+        for name in ("text", "thoughts", "again"):
+            assert two[name] == one[name], name
+        other, score, think = two["refused"]
+        assert other.startswith("evaluate: examples must be the same in each process where weights are sharded, but there are ")
+        assert score == "score_tokens: weights are sharded: in quietstar.run.sharding.gathered(qs) each process has all of them"
+        assert think.startswith("generate: think='always': weights are sharded")
+
+
+@pytest.mark.long
+def test_half_precision_is_the_same_however_weights_are_gathered(together):
+    one, two = ([without_times(result["lines"]) for result in together[f"words bf16 {x}"]] for x in ("full_shard", "gathered"))
+    assert one == two
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("sharding", ["no", "full_shard"])
 def test_a_checkpoint_of_two_processes_goes_on_in_one(home, alone, together, sharding):
     assert together["plain", sharding]
@@ -149,6 +217,10 @@ def test_what_several_processes_cannot_do_is_one_sentence(together):
         "train: batch_size must be at least the number of processes, 2, got 1"
     ] * 2
     assert "anchor_chunk must be a number" in together["auto"][0]["error"]
+    wanted = "train: rollout_weights must be 'sharded' unless sharding is full_shard, got 'shard_grad_op'"
+    assert together["whole"][0]["error"] == wanted
+    wanted = "train: base_model must be 'frozen' or 'current' for adapters with sharding, got 'ema'"
+    assert together["ema"][0]["error"] == wanted
 
 
 def test_one_process_has_nothing_to_cut(home):
@@ -171,13 +243,15 @@ def test_half_precision_is_that_of_the_layers_alone(alone, together):
 def test_traffic_is_what_doctor_says(home, together, sharding, chunk):
     counted = together[f"traffic {sharding} {chunk}"][0]["traffic"]
     weights = count_weights(AutoConfig.from_pretrained(home / "llama"))
-    expected = step_traffic(weights, ThoughtConfig(**THOUGHTS), Processes(2, sharding), chunk_count(max(LENGTHS), chunk))
+    gathered = sharding == "gathered"
+    how = Processes(2, "full_shard" if gathered else sharding, gathered=gathered)
+    expected = step_traffic(weights, ThoughtConfig(**THOUGHTS), how, chunk_count(max(LENGTHS), chunk))
     assert 0 <= counted["allreduce_"] - expected.all_reduce < 1000  # counts and figures are summed too
     if sharding != "no":
         # Three weights have an odd number of rows, and get another. FSDP fetches a layer of the rollout ahead of no need.
         row = 4 * 64
         assert counted["_reduce_scatter_base_"] == expected.reduce_scatter + 3 * row
-        more = counted["_allgather_base_"] - expected.all_gather - 4 * weights.layer
+        more = counted["_allgather_base_"] - expected.all_gather - (not gathered) * 4 * weights.layer
         assert 3 * row <= more <= 10 * row
 
 
@@ -245,6 +319,15 @@ def test_a_run_of_nohup_goes_on(number):
         signal.signal(number, before)
 
 
+def test_signals_of_a_forked_process_are_its_own():
+    with Signals():
+        child = os.fork()
+        if child == 0:
+            os._exit(signal.set_wakeup_fd(-1) != -1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert signal.set_wakeup_fd(-1) != -1
+
+
 @pytest.mark.long
 def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     running = begin(folder / "run", "--sharding=full_shard")
@@ -254,6 +337,27 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder):
     (saved,) = places.every(folder / "run")
     places.check(saved)
     assert saved.name == f"step-{metrics(folder / 'run'):06d}"
+
+
+@pytest.mark.long
+def test_a_second_signal_ends_a_process_that_waits_for_another(folder):
+    running = begin(folder / "run", "--sharding=full_shard", "--save-every=1")
+    running[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    running[0].send_signal(signal.SIGTERM)
+    time.sleep(1)
+    running[0].send_signal(signal.SIGTERM)  # as launchers do: too soon
+    time.sleep(signals.PATIENCE + 1)
+    assert running[0].poll() is None
+    running[0].send_signal(signal.SIGTERM)
+    try:
+        _, error = running[0].communicate(timeout=30)
+    finally:
+        for process in running:
+            process.kill()
+    assert running[0].returncode == cli.SAVED and "stopped by SIGTERM in the middle of a call" in error
+    assert "another signal ends this one" in error
+    places.check(places.newest_whole(places.every(folder / "run")))
 
 
 @pytest.mark.long

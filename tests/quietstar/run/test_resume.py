@@ -16,8 +16,8 @@ from quietstar_recipes.internalize import kd
 
 # Fields that no number of a run depends on, for each config; all others must be the same.
 FREE = {
-    TrainConfig: {"out", "accumulation", "anchor_chunk", "fast_linear", "sharding", "eval_every", "save_every"}
-    | {"keep", "tracker", "tracker_project", "tracker_name"},
+    TrainConfig: {"out", "accumulation", "anchor_chunk", "fast_linear", "sharding", "rollout_weights", "eval_every"}
+    | {"save_every", "keep", "tracker", "tracker_project", "tracker_name"},
     ThoughtConfig: set(),
     AdapterConfig: set(),
     DataConfig: set(),
