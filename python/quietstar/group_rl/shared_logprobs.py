@@ -19,7 +19,7 @@ from quietstar.group_rl.completions import EndTokens, answering, end_logprobs, t
 from quietstar.hf.architectures import check_model, no_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
 from quietstar.hf.lm_head import LMHead, find_lm_head
-from quietstar.hf.modules import is_sharded, layer_checkpoints_off, unwrapped
+from quietstar.hf.modules import device_of, is_sharded, largest, layer_checkpoints_off, unwrapped
 from quietstar.hf.verify import verify_once
 from quietstar_kernels.checks import INTEGERS, LARGEST_FP32, Checker, as_number, integer, shown
 
@@ -209,9 +209,7 @@ def _most_of_all(model: PreTrainedModel, count: int) -> int:
     """The largest count of the processes that gather weights from one another, so that all run the model as often."""
     if not is_sharded(model):
         return count
-    meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
-    groups = meshes[0].get_all_groups() if meshes else [None]
-    most = torch.tensor(count, device=meshes[0].device_type if meshes else model.device)
-    for group in groups:
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    return int(most)
+    mesh = next((weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)), None)
+    for group in [dist.group.WORLD] if mesh is None else mesh.get_all_groups():
+        count = largest(group, count, device_of(model) if mesh is None else torch.device(mesh.device_type))
+    return count

@@ -37,11 +37,6 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return embed.weight.device if moved_to is None else torch.device(moved_to)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its weights are divided over processes, by FSDP2 or ZeRO-3, and gathered where a module runs."""
-    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
-
-
 def unmark_gguf(model: PreTrainedModel) -> None:
     """Make transformers save a model from a GGUF file, which it calls quantized even after it has unpacked the weights."""
     quantization = getattr(model.config, "quantization_config", None)
@@ -51,8 +46,13 @@ def unmark_gguf(model: PreTrainedModel) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards the model over processes, which must then run it equally often, forward and backward."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether FSDP2 or ZeRO-3 divides weights over processes, which must then run the model equally often.
+
+    Weights that are gathered at the moment count. The backward must run equally often too.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def sharding_group(model: nn.Module) -> distributed.ProcessGroup | None:
