@@ -75,8 +75,8 @@ def name_run(args):
     if args.process_index == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            file.write_text(uuid.uuid4().hex[:8])
-        number = file.read_text()
+            file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        number = file.read_text(encoding="utf-8")
         args.run_name = args.run_name or f"{file.parent.resolve().name}-{number}"  # trackio goes on by name
         for name, value in {"PROJECT": args.project, "RUN_ID": number, "RESUME": "allow"}.items():
             os.environ.setdefault(f"WANDB_{name}", value)
