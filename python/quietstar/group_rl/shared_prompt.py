@@ -22,13 +22,12 @@ from transformers import Trainer
 
 from quietstar.group_rl.completions import EndTokens, end_logprobs, through, without_padding
 from quietstar.group_rl.likelihood_reward import LikelihoodReward
+from quietstar.group_rl.shared_logprobs import checked_head
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import unmark_gguf, unwrapped
+from quietstar.hf.modules import is_sharded, unmark_gguf, unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
-from quietstar.hf.verify import verify_once
 
 HOOK = "_get_per_token_logps_and_entropies"
 # The hook's first parameters in the release that the tests run, and that release.
@@ -88,14 +87,14 @@ class SharedPrompts(Trainer):
         self._check_options()
         check_model(self.model)
         adapters.check_rows(self.model)
-        verify_once(unwrapped(self.model))
-        head = find_lm_head(unwrapped(self.model))
+        # ZeRO-3 divides weights before there is a trainer, and gathers them once it trains: there the first forward checks.
+        if not is_sharded(self.model):
+            checked_head(self.model, self.model, unwrapped(self.model))
         # The reference model is of the same class, and sharded already where weights are.
         models = [self.model] + ([] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)])
         for model in models:
             model.set_attn_implementation(WRAPPED_NAME)
             hand_on_layout(unwrapped(model))
-        self._heads = {unwrapped(model): head for model in models}
         for reward in self.reward_funcs:
             if isinstance(reward, LikelihoodReward):
                 reward.trainer = self
@@ -113,7 +112,6 @@ class SharedPrompts(Trainer):
 
     def _check_options(self) -> None:
         for refused, why in (
-            (self.is_deepspeed_enabled, "DeepSpeed can't run here: shard weights with FSDP2, or leave out deepspeed"),
             (
                 self.is_fsdp_enabled and not self.accelerator.is_fsdp2,
                 "FSDP1 can't run here: set fsdp_version: 2 in Accelerate's configuration",
@@ -204,7 +202,8 @@ class SharedPrompts(Trainer):
         inner = unwrapped(self.accelerator.unwrap_model(model))
         in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
         tokens = EndTokens.of(sequences, live, [ids.new_full(ids.shape, temperature, dtype=torch.float64) for ids in sequences])
-        answer = functools.partial(end_logprobs, inner, self._heads[inner], tokens, return_entropy, not in_fp32)
+        head = checked_head(model, inner, inner)
+        answer = functools.partial(end_logprobs, inner, head, tokens, return_entropy, not in_fp32)
         with self.accelerator.autocast():
             return through(model, inner, answer)
 
