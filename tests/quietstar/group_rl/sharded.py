@@ -83,8 +83,12 @@ class VLLM:
         return prompts, rows, [[[-3.5 - 0.01 * i] for i, _ in enumerate(row)] for row in rows], None
 
 
+def weights_of(model):
+    return [whole(weight.detach()).clone() for weight in model.parameters()]
+
+
 def train(cls, job, folder):
-    """A trainer after its steps, its weights, and how far the one that moved most is from where it was."""
+    """A trainer after its steps, and how its weights moved."""
     torch.manual_seed(0)
     usual = {"max_completion_length": 8, "per_device_train_batch_size": 4, "ddp_timeout": 60, "max_steps": 2}
     usual |= {"model_init_kwargs": {"dtype": "auto"}}
@@ -101,14 +105,13 @@ def train(cls, job, folder):
         trainer._generate_single_turn = lambda prompts, *_: (completions(trainer, len(prompts)), None)
     elif kind == "vllm":
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, VLLM(trainer), -1
-    before = [weight.detach().clone() for weight in trainer.model.parameters()]
+    before = weights_of(trainer.model)
     trainer.train()
-    after = [whole(weight.detach()) for weight in trainer.model.parameters()]
-    return trainer, after, farthest(after, before)
+    return trainer, [x.double() - y.double() for x, y in zip(weights_of(trainer.model), before, strict=True)]
 
 
 def farthest(some, others):
-    return max(float((x.double() - y.double()).norm()) for x, y in zip(some, others, strict=True))
+    return max(float((x - y).norm()) for x, y in zip(some, others, strict=True))
 
 
 def training(job):
@@ -117,16 +120,22 @@ def training(job):
     pairs = [(cls, job), (PAIRS[cls], job)]
     if job.get("exact"):
         pairs.append((cls, job | {"fsdp": None, "options": job["options"] | {"bf16": False, "cast_lm_head_to_fp32": False}}))
-    weights, sharded = [], []
+    moves, sharded = [], []
     for one, setting in pairs:
-        trainer, after, moved = train(one, setting, Path(job["model"]))
-        weights.append(after)
+        trainer, moved = train(one, setting, Path(job["model"]))
+        moves.append(moved)
         sharded.append(
             isinstance(trainer.model_wrapped, FSDPModule) and all(isinstance(x, DTensor) for x in trainer.model.parameters())
         )
         forget_accelerate()
-    stock, ours, *exact = weights
-    result = {"moved": moved, "sharded": sharded, "ours to stock": farthest(ours, stock) / moved}
+    return {"sharded": sharded} | compared(moves)
+
+
+def compared(moves):
+    """How far weights of stock TRL, ours, and perhaps exact ones are from each other, in units of how far they moved."""
+    stock, ours, *exact = moves
+    moved = max(float(x.norm()) for x in stock)
+    result = {"moved": moved, "ours to stock": farthest(ours, stock) / moved}
     if exact:
         result |= {"ours": farthest(ours, exact[0]) / moved, "stock": farthest(stock, exact[0]) / moved}
     return result
@@ -141,6 +150,12 @@ def shard(model, how):
     if "tail" in how:
         fully_shard(llama.lm_head, mp_policy=mixed)
     return fully_shard(model, mp_policy=mixed)
+
+
+def weighted(values, entropies):
+    """A loss that each of them has another part in."""
+    weights = [torch.arange(1, len(x) + 1).to(x) / len(x) for x in values]
+    return sum((w * x + 0.3 * w * w * h).sum() for w, x, h in zip(weights, values, entropies, strict=True))
 
 
 def logprobs(job):
@@ -163,9 +178,7 @@ def logprobs(job):
             entropies = [torch.zeros_like(x) for x in values]
         else:
             values, entropies = quietstar.shared_logprobs(model, sequences, return_entropy=True, **options)
-        weights = [torch.arange(1, len(x) + 1).to(x) / len(x) for x in values]
-        total = sum((w * x + 0.3 * w * w * h).sum() for w, x, h in zip(weights, values, entropies, strict=True))
-        return total, [x.tolist() for x in values], [h.tolist() for h in entropies]
+        return weighted(values, entropies), [x.tolist() for x in values], [h.tolist() for h in entropies]
 
     options = job["options"]
     with torch.no_grad():  # as for old log-probabilities
