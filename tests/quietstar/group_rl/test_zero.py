@@ -31,11 +31,6 @@ TRAINING = {
 }
 TRAINING = {f"{name}, stage {stage}": job | {"stage": stage} for name, job in TRAINING.items() for stage in (2, 3)}
 TRAINING["full, stage 1"] = {"stage": 1, "exact": True}
-TRAINING["generate without gathering, stage 3"] = {
-    "stage": 3,
-    "completions": "generate",
-    "options": {"ds3_gather_for_generation": False},
-}
 NONE = [[9]]
 LOGPROBS = {
     "stage 1": {"stage": 1, "sequences": [SEQUENCES, NONE]},

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -161,7 +162,8 @@ def start(arguments, processes):
 def end(running, seconds):
     """What each process wrote to stderr until it ended, also printed; all are killed if one takes longer."""
     try:
-        errors = [process.communicate(timeout=seconds)[1] for process in running]
+        with ThreadPoolExecutor() as pool:  # a process whose pipe is full would hold up the others
+            errors = list(pool.map(lambda process: process.communicate(timeout=seconds)[1], running))
     finally:
         for process in running:
             process.kill()
