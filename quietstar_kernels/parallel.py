@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import _functional_collectives as collectives
 from torch.nn.functional import pad
 
 from . import _dispatch
@@ -212,32 +213,15 @@ def gather_text(x: Tensor, slices: Sequence[Spans], group: dist.ProcessGroup | N
         raise check.fail(f"slices must have one entry for each of {dist.get_world_size(group)} ranks, got {len(slices)}")
     check.sizes["rows"] = rows[dist.get_rank(group)]
     check.tensor("x", x, "B,G,rows,K", FLOATS)
-    gathered = _Gather.apply(pad(x, (0, 0, 0, max(rows) - x.shape[2])), group)  # [ranks,B,G,most,K]
+    # The second name is of PyTorch before 2.13.
+    all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+    everyone: Any = group or dist.group.WORLD
+    gathered = all_gather(pad(x, (0, 0, 0, max(rows) - x.shape[2])), 2, everyone)
     pieces: dict[int, Tensor] = {}
-    for rank, own in enumerate(slices):
-        parts = gathered[rank, :, :, : rows[rank]].split([end - first for first, end in own], 2)
+    for own, count, part in zip(slices, rows, gathered.split(max(rows), 2), strict=True):
+        parts = part[:, :, :count].split([end - first for first, end in own], 2)
         pieces.update(zip((first for first, _ in own), parts, strict=True))
     return torch.cat([pieces[first] for first in sorted(pieces)], 2)
-
-
-class _Gather(torch.autograd.Function):
-    """[...] of each rank to [ranks,...]; differentiable, unlike ``torch.distributed``'s."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        out = x.new_empty(dist.get_world_size(group), *x.shape)
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # PyTorch before 2.13
-        all_gather(out.flatten(0, 1), x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        out = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter(out, grad.contiguous().flatten(0, 1), group=ctx.group)
-        return out, None
 
 
 def text_attention(
@@ -271,20 +255,17 @@ def text_attention(
         raise check.fail(f"documents must ascend from 0, got {shown(documents)}")
     check.sizes["rows"] = sum(end - first for first, end in spans)
     check.tensor("q", q, "B,H,rows,K")
-    pieces = []
-    for first, end in spans:
-        begun = max(start for start in documents if start <= first)
-        cut = min((start for start in documents if first <= start < end), default=end)
-        pieces += [(begun, first, cut, ()), (cut, cut, end, tuple(start - cut for start in documents if cut <= start < end))]
+    attend = partial(thought_attention, scale=scale, window=window, softcap=softcap, sinks=sinks, backend=backend)
     outs, row = [], 0
-    for begin, first, end, starts in pieces:
-        if first < end:
-            layout = _layout(check["B"], first - begin, end - first, starts, k.device)
-            queries = q[:, :, row : row + end - first]
-            row += end - first
-            which = "thoughts" if begin < first else "all"
-            keys, values = k[:, :, begin:end], v[:, :, begin:end]
-            outs.append(thought_attention(queries, keys, values, layout, scale, window, softcap, sinks, which, backend=backend))
+    for first, end in spans:
+        starts = [start for start in documents if first <= start < end]
+        begun, cut = max(start for start in documents if start <= first), min([*starts, end])
+        for begin, top, after in ((begun, first, cut), (cut, cut, end)):
+            if top < after:
+                layout = _layout(check["B"], top - begin, after - top, tuple(start - begin for start in starts), k.device)
+                queries, row = q[:, :, row : row + after - top], row + after - top
+                which = "thoughts" if begin < top else "all"
+                outs.append(attend(queries, k[:, :, begin:after], v[:, :, begin:after], layout, query_rows=which))
     return torch.cat(outs, 2)
 
 
@@ -294,6 +275,5 @@ def _layout(batch: int, before: int, rows: int, starts: tuple[int, ...], device:
     if before:
         anchors = torch.full((batch, 1), before - 1, device=device)
         return ThoughtLayout.packed(anchors, torch.full_like(anchors, rows), before, rows=rows)
-    place = torch.arange(rows, device=device)
-    lo = torch.where(torch.isin(place, torch.tensor(starts, device=device)), place, 0).cummax(0).values.expand(batch, rows)
-    return ThoughtLayout.at(lo[:, :0], 1, 1, lo=lo)
+    documents = torch.isin(torch.arange(rows, device=device), torch.tensor(starts, device=device)).cumsum(0)
+    return ThoughtLayout.from_documents(documents.expand(batch, rows), 1, 1).text_only()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.hf.modules import dropout_off
 from quietstar_recipes.common.branches import may_share, shared_states
 
 
@@ -82,7 +82,7 @@ def likelihoods(
 ) -> list[float]:
     """The log-probability of each completion, summed over its tokens."""
     found = [0.0] * len(prompts)
-    with evaluating(model):
+    with dropout_off(model):
         for chosen in batches(model, prompts, completions, batch_size):
             values, _ = logprob(model, [prompts[i] for i in chosen], [completions[i] for i in chosen])
             for i, value in zip(chosen, values.sum(1).tolist(), strict=True):
@@ -127,14 +127,3 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 def cuda_devices(model: PreTrainedModel) -> list[torch.device]:
     """The devices, besides the CPU, whose random state ``torch.random.fork_rng`` has to keep."""
     return [model.device] if model.device.type == "cuda" else []
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """In this context the model is in evaluation mode, so without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -13,12 +13,13 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrained
 
 from quietstar.config import option
 from quietstar.hf.ends import end_ids
+from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import mix_seed
 from quietstar.run.metrics import Pace
 from quietstar_kernels.checks import check, check_at_least
 from quietstar_recipes.common.branches import sharing_prompts
 from quietstar_recipes.common.log import LOG
-from quietstar_recipes.common.logprobs import check_length, cuda_devices, evaluating, padded, positions
+from quietstar_recipes.common.logprobs import check_length, cuda_devices, padded, positions
 from quietstar_recipes.tasks import Task
 
 
@@ -90,7 +91,7 @@ def rollout(
         options |= {"stop_strings": list(task.stop), "tokenizer": task.tokenizer}
     found: list[list[Completion]] = [[] for _ in prompts]
     pace = Pace()
-    with evaluating(model), shifted(model, shift), torch.random.fork_rng(cuda_devices(model)):
+    with dropout_off(model), shifted(model, shift), torch.random.fork_rng(cuda_devices(model)):
         for start in range(0, len(rows), batch_size):
             if pace.due():
                 LOG.info("sampling: %s of %s completions", f"{start:,}", f"{len(rows):,}")

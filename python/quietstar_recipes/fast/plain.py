@@ -19,11 +19,12 @@ from quietstar.checkpoints.pretrained import save_model
 from quietstar.config import option
 from quietstar.evaluation.scoring import one_thought
 from quietstar.files.writing import replaced
+from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import Example, collate, mix_seed, texts_of_step
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.log import LOG
-from quietstar_recipes.common.logprobs import evaluating, positions
+from quietstar_recipes.common.logprobs import positions
 from quietstar_recipes.common.saving import Progress, load_model
 from quietstar_recipes.common.training import adamw, train
 
@@ -130,7 +131,7 @@ def plain_gradient(
     chosen = [texts[i] for i in texts_of_step(len(texts), config.batch_size, config.seed, step)]
     thinking = next_token_logprobs(teacher, chosen)
     torch.manual_seed(mix_seed(config.seed, step))
-    with evaluating(student):  # no dropout: tokens are scored by the model that they were sampled from
+    with dropout_off(student):  # no dropout: tokens are scored by the model that they were sampled from
         logits, targets, _ = predictions(student, chosen)
     logprob = logits.log_softmax(-1)
     value, earned = objective(logprob, targets, thinking.to(logprob.device), config)
@@ -197,7 +198,7 @@ def loss(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> f
 def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
     """fp64 [tokens], the loss of each target token without thoughts, and the index of its text; as ``token_losses``."""
     parts = []
-    with evaluating(model):
+    with dropout_off(model):
         for start in range(0, len(texts), batch_size):
             chosen = range(start, min(start + batch_size, len(texts)))
             logits, targets, row = predictions(model, [texts[i] for i in chosen])

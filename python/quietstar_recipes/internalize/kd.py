@@ -26,12 +26,13 @@ from quietstar.checkpoints.pretrained import save_model as save_language_model
 from quietstar.config import option
 from quietstar.files.reading import reason_of
 from quietstar.files.writing import replaced
+from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import mix_seed, texts_of_step
 from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check_at_least, check_positive, check_types
 from quietstar_recipes.common.log import log_figures
-from quietstar_recipes.common.logprobs import evaluating, padded, positions
+from quietstar_recipes.common.logprobs import padded, positions
 from quietstar_recipes.common.plots import Panel, panels
 from quietstar_recipes.common.sampling import Completion, rollout
 from quietstar_recipes.common.saving import Progress, hashes, save_model, write_json
@@ -367,7 +368,7 @@ def teacher_states(teacher: PreTrainedModel, task: Task, rows: Sequence[Row]) ->
     ids, mask = (x.to(teacher.device) for x in padded([row.prompt_ids + task.completion_ids(row) for row in rows]))
     first = torch.tensor([len(row.prompt_ids) - 1 for row in rows], device=ids.device)
     chain = torch.tensor([len(row.cot_ids) + len(task.separator_ids) for row in rows], device=ids.device)
-    with evaluating(teacher):
+    with dropout_off(teacher):
         out = teacher(ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
     return diagonal(out.hidden_states, first, first + chain)
 

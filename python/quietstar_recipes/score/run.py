@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quietstar.config import option
+from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar.run.metrics import Pace
@@ -27,7 +28,6 @@ from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive
 from quietstar_recipes.common.evaluation import nothing_solved
 from quietstar_recipes.common.log import LOG, log_figures
-from quietstar_recipes.common.logprobs import evaluating
 from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.saving import Progress, hashes, load_model, save_model, write_json
 from quietstar_recipes.common.solutions import revision_prompt
@@ -140,7 +140,7 @@ def score(
         if config.keep == "best" and (state["step"] % config.save_every == 0 or state["step"] in ends.values()):
             keep_best(model, task, config, state, [*progress.metrics.lines, line])
 
-    with evaluating(model):  # no dropout: attempts are scored by the model that wrote them
+    with dropout_off(model):  # no dropout: attempts are scored by the model that wrote them
         for end, step in ends.items():
             if step is None or step < state["step"]:
                 continue

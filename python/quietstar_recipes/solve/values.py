@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
 from transformers import PreTrainedModel
 
+from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import mix_seed
-from quietstar_recipes.common.logprobs import batches, completion_logits, evaluating
+from quietstar_recipes.common.logprobs import batches, completion_logits
 from quietstar_recipes.common.sampling import Sampling, rollout
 from quietstar_recipes.common.solutions import Scorer
 from quietstar_recipes.common.training import SFTConfig, fine_tune
@@ -124,7 +125,7 @@ def cross_entropy(verifier: PreTrainedModel, task: Task, solutions: Sequence[Val
 @torch.no_grad()
 def held_out_loss(verifier: PreTrainedModel, task: Task, solutions: Sequence[Valued], batch_size: int = 256) -> float:
     """The mean cross entropy."""
-    with evaluating(verifier):
+    with dropout_off(verifier):
         parts = [solutions[start : start + batch_size] for start in range(0, len(solutions), batch_size)]
         return float(torch.cat([cross_entropy(verifier, task, batch) for batch in parts]).mean())
 
@@ -144,7 +145,7 @@ def values(
 ) -> list[float]:
     """The log-probability that each solution, whole or only begun, ends right."""
     found = [0.0] * len(begun)
-    with evaluating(verifier):
+    with dropout_off(verifier):
         for chosen in batches(verifier, prompts, begun, batch_size):
             logits = value_logits(verifier, task, [prompts[i] for i in chosen], [begun[i] for i in chosen])
             for i, row in zip(chosen, logsigmoid(logits), strict=True):
