@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietstar.group_rl.completions import EndTokens, through
-from quietstar.group_rl.shared_logprobs import checked_head, inside, refuse_none
+from quietstar.group_rl.completions import through
+from quietstar.group_rl.shared_logprobs import model_and_head, parts_of, refuse_none, trees_of
 from quietstar_kernels import linear_divergence
 from quietstar_kernels.checks import Checker
 
@@ -42,20 +42,16 @@ def shared_divergence(
         ValueError: as for ``shared_logprobs``, two vocabularies of different sizes, or another ``beta``.
     """
     check = Checker("shared_divergence")
-    whole, own = inside("shared_divergence: student", student)
-    whole_teacher, other = inside("shared_divergence: teacher", teacher)
+    own, own_head = model_and_head("shared_divergence: student", student)
+    other, other_head = model_and_head("shared_divergence: teacher", teacher)
     given, temperature, beta = check.sequences(sequences), check.temperature(temperature), check.fraction("beta", beta)
     refuse_none(check, given)
-    heads = [checked_head(student, whole, own).of(own), checked_head(teacher, whole_teacher, other).of(other)]
+    heads = [own_head.of(own), other_head.of(other)]
     sizes = [head.linear.out_features for head in heads]
     if sizes[0] != sizes[1]:
         raise check.fail(f"the teacher must have the student's vocabulary of {sizes[0]}, got {sizes[1]}: resize its embeddings")
-    size = len(given)
-    counts = [max(len(ids) - 1, 0) for ids in given]
-    if not any(map(len, given)):  # one token runs, as other processes may wait for this one
-        given, counts = [*given, torch.zeros(1, dtype=torch.int64, device="cpu")], [*counts, 0]
-    live = torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
-    tokens = EndTokens.of(given, live, [torch.ones(len(ids), dtype=torch.float64, device="cpu") for ids in given])
+    ones = [torch.ones(len(ids), dtype=torch.float64, device="cpu") for ids in given]
+    (tokens,), in_order = trees_of(given, ones, parts_of(given))
 
     # The student's forward is inside that of the teacher's head, and the loss inside both heads: there the weights of both are
     # gathered, if they are sharded, and again before the backward reads them.
@@ -75,8 +71,7 @@ def shared_divergence(
 
         return through(student, own, lambda: _through_head(own, by_student_head, tokens.hidden(own)))
 
-    divergence = tokens.spread(through(teacher, other, by_teacher)[0])
-    return [row[:count] for row, count in zip(divergence, counts, strict=True)][:size]
+    return in_order(tokens.spread(through(teacher, other, by_teacher)[0]))
 
 
 def _through_head(model: Any, answer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from quietstar.group_rl.completions import EndTokens, without_padding
+from quietstar.group_rl.shared_logprobs import model_and_head
 from quietstar.group_rl.shared_prompt import SharedPrompts
-from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
-from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
+from quietstar.hf.attention import WRAPPED_NAME
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
-from quietstar.hf.verify import verify_once
 
 
 class SharedDistillation(SharedPrompts):
@@ -43,10 +42,8 @@ class SharedDistillation(SharedPrompts):
             raise ValueError(f"{type(self).__name__}: teacher_model must be a model of this process, got None")
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         check_model(teacher)
-        adapters.check_rows(teacher)
-        verify_once(unwrapped(teacher))
         teacher.set_attn_implementation(WRAPPED_NAME)
-        hand_on_layout(unwrapped(teacher))
+        model_and_head(f"{type(self).__name__}: teacher_model", self.teacher_model)
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -65,5 +62,5 @@ class SharedDistillation(SharedPrompts):
         limits, row = rotary_limits(inner.config), input_ids.shape[1]
         check_room(type(inner).__name__, limits, row, "prompts and completions, padded as by TRL,")
         sequences, live = without_padding(input_ids, attention_mask, logits_to_keep)
-        tokens = EndTokens.of(sequences, live, [torch.ones_like(ids, dtype=torch.float64) for ids in sequences])
+        tokens = EndTokens.of(sequences, live, [torch.ones(len(ids), dtype=torch.float64) for ids in sequences])
         return tokens.spread(tokens.hidden(inner))

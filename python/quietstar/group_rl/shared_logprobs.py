@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from quietstar.group_rl.completions import EndTokens, answering, end_logprobs, through
-from quietstar.hf.architectures import check_model, no_model
-from quietstar.hf.attention import NAME, WRAPPED_NAME, hand_on_layout
-from quietstar.hf.lm_head import LMHead, find_lm_head
+from quietstar.hf.architectures import no_model
+from quietstar.hf.attention import NAME, WRAPPED_NAME
+from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import device_of, is_sharded, largest, layer_checkpoints_off, unwrapped
-from quietstar.hf.verify import verify_once
+from quietstar.hf.verify import checked_head
 from quietstar_kernels.checks import INTEGERS, LARGEST_FP32, Checker, as_number, integer, shown
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead] = WeakKeyDictionary()
@@ -75,25 +75,18 @@ def shared_logprobs(
     Raises:
         ValueError: another attention, a model that can't think, a sequence that isn't integers [T], or another temperature.
     """
-    whole, inner = inside("shared_logprobs: model", model)
+    inner, head = model_and_head("shared_logprobs: model", model)
     # 1. The sequences, their temperatures, and the forwards that they take.
     check = Checker("shared_logprobs")
     given = check.sequences(sequences if cu_seqlens is None else _split(check, sequences, cu_seqlens))
     temperatures = _temperatures(check, temperature, given, cu_seqlens is not None)
     most = None if max_rows is None else integer("shared_logprobs: max_rows", max_rows, 1)
     refuse_none(check, given)
-    parts = _parts(given, most) if any(map(len, given)) else []
-    head = checked_head(model, whole, inner)
+    parts = parts_of(given, most)
     forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
-    # 2. Trees on the host. Where there is nothing left to score, one token runs, and nobody reads the result.
-    counts = [max(len(ids) - 1, 0) for ids in given]
-    live = torch.arange(max(counts, default=0), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
-    trees = [EndTokens.of([given[i] for i in part], live[part], [temperatures[i] for i in part]) for part in parts]
-    nothing = torch.zeros(1, live.shape[1], dtype=torch.bool, device="cpu")
-    token = torch.zeros(1, dtype=torch.int64, device="cpu")
-    trees += [EndTokens.of([token], nothing, [token.double()])] * (forwards - len(parts))
+    trees, in_order = trees_of(given, temperatures, parts, forwards)
 
-    # 3. The forwards, inside of what wraps the model.
+    # 2. The forwards, inside of what wraps the model.
     def one(tokens: EndTokens) -> tuple[Tensor, Tensor]:
         with layer_checkpoints_off(inner) if len(trees) > 1 else nullcontext():
             return end_logprobs(inner, head, tokens, return_entropy)
@@ -107,45 +100,51 @@ def shared_logprobs(
         logprobs, entropies = zip(*found, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    both = through(model, inner, answer)
-    # 4. Back to the order of the sequences.
-    row = {i: place for place, i in enumerate(i for part in parts for i in part)}
-    logprobs, entropies = ([x[row.get(i, 0), :count] for i, count in enumerate(counts)] for x in both)
+    logprobs, entropies = map(in_order, through(model, inner, answer))
     return (logprobs, entropies) if return_entropy else logprobs
 
 
-def inside(name: str, model: nn.Module) -> tuple[Any, PreTrainedModel]:
-    """The model in DistributedDataParallel and the like, and the transformers model in that. Raises ValueError."""
+def model_and_head(name: str, model: nn.Module) -> tuple[PreTrainedModel, LMHead]:
+    """The transformers model in DistributedDataParallel and the like, and its head. The first call for a model checks it."""
     whole: Any = model
     while isinstance(getattr(whole, "module", None), nn.Module):
         whole = whole.module
     inner = unwrapped(whole)
     if not isinstance(inner, PreTrainedModel) or inner.config._attn_implementation not in (NAME, WRAPPED_NAME):
         raise no_model(name, "a transformers model with attn_implementation='quietstar'", whole)
-    return whole, inner
-
-
-def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
-    """Raises ValueError if there are no sequences, where other processes wait for this one's backward."""
-    if not sequences and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
-
-
-def checked_head(model: nn.Module, whole: Any, inner: PreTrainedModel) -> LMHead:
-    """The head of a model; the first call for it checks it."""
 
     def check() -> None:
-        check_model(whole)
-        hand_on_layout(inner)
-        verify_once(inner)
-        _heads[inner] = find_lm_head(inner)
+        _heads[inner] = checked_head(whole)
 
     if inner not in _heads and not is_sharded(inner):
         check()
     elif inner not in _heads:
         with torch.no_grad(), answering(inner, check):  # inside a forward, where the weights outside of layers are gathered
             model()
-    return _heads[inner]
+    return inner, _heads[inner]
+
+
+def trees_of(
+    sequences: list[Tensor], temperatures: list[Tensor], parts: list[list[int]], forwards: int = 1
+) -> tuple[list[EndTokens], Callable[[Tensor], list[Tensor]]]:
+    """A tree for each forward, in which each token but the first is scored, and what brings results back in order.
+
+    In forwards that are more than the parts one token runs, and nobody reads the result.
+    """
+    counts = [max(len(ids) - 1, 0) for ids in sequences]
+    live = torch.arange(max(counts, default=0), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
+    trees = [EndTokens.of([sequences[i] for i in part], live[part], [temperatures[i] for i in part]) for part in parts]
+    nothing = torch.zeros(1, live.shape[1], dtype=torch.bool, device="cpu")
+    token = torch.zeros(1, dtype=torch.int64, device="cpu")
+    trees += [EndTokens.of([token], nothing, [token.double()])] * (forwards - len(parts))
+    row = {i: place for place, i in enumerate(i for part in parts for i in part)}
+    return trees, lambda found: [found[row.get(i, 0), :count] for i, count in enumerate(counts)]
+
+
+def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
+    """Raises ValueError if there are no sequences, where other processes wait for this one's backward."""
+    if not sequences and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
 
 
 def _split(check: Checker, packed: Any, cu_seqlens: Any) -> list[Tensor]:
@@ -185,8 +184,10 @@ def _temperatures(check: Checker, value: Any, sequences: list[Tensor], packed: b
     return [part.expand(length) for part, length in zip(parts, lengths, strict=True)]
 
 
-def _parts(sequences: list[Tensor], max_rows: int | None) -> list[list[int]]:
+def parts_of(sequences: list[Tensor], max_rows: int | None = None) -> list[list[int]]:
     """The sequences of each forward, those that begin alike next to one another."""
+    if not any(map(len, sequences)):
+        return []
     if max_rows is None:
         return [list(range(len(sequences)))]
     padded = pad_sequence(sequences, True, torch.iinfo(torch.int64).min)

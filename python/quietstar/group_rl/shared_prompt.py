@@ -22,7 +22,7 @@ from transformers import Trainer
 
 from quietstar.group_rl.completions import EndTokens, end_logprobs, through, without_padding
 from quietstar.group_rl.likelihood_reward import LikelihoodReward
-from quietstar.group_rl.shared_logprobs import checked_head
+from quietstar.group_rl.shared_logprobs import model_and_head
 from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
@@ -87,14 +87,13 @@ class SharedPrompts(Trainer):
         self._check_options()
         check_model(self.model)
         adapters.check_rows(self.model)
-        # ZeRO-3 divides weights before there is a trainer, and gathers them once it trains: there the first forward checks.
-        if not is_sharded(self.model):
-            checked_head(self.model, self.model, unwrapped(self.model))
-        # The reference model is of the same class, and sharded already where weights are.
         models = [self.model] + ([] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)])
         for model in models:
             model.set_attn_implementation(WRAPPED_NAME)
             hand_on_layout(unwrapped(model))
+        # A reference model is sharded already where weights are, and with ZeRO-3 so is the model. The first forward checks these.
+        if not is_sharded(self.model):
+            model_and_head(type(self).__name__, self.model)
         for reward in self.reward_funcs:
             if isinstance(reward, LikelihoodReward):
                 reward.trainer = self
@@ -202,7 +201,7 @@ class SharedPrompts(Trainer):
         inner = unwrapped(self.accelerator.unwrap_model(model))
         in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
         tokens = EndTokens.of(sequences, live, [ids.new_full(ids.shape, temperature, dtype=torch.float64) for ids in sequences])
-        head = checked_head(model, inner, inner)
+        _, head = model_and_head(type(self).__name__, model)
         answer = functools.partial(end_logprobs, inner, head, tokens, return_entropy, not in_fp32)
         with self.accelerator.autocast():
             return through(model, inner, answer)

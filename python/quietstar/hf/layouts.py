@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from quietstar.hf import adapters
-from quietstar.hf.architectures import DROP_LAYOUT, check_model, most_rows
+from quietstar.hf.architectures import DROP_LAYOUT, most_rows
 from quietstar.hf.attention import WRAPPED_NAME
 from quietstar.hf.linear import FastLinear
-from quietstar.hf.lm_head import LMHead, find_lm_head
+from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import unwrapped
 from quietstar.hf.positions import rotary_limits
-from quietstar.hf.verify import verify_once
+from quietstar.hf.verify import checked_head
 
 _heads: WeakKeyDictionary[PreTrainedModel, LMHead | None] = WeakKeyDictionary()
 _PASSING = (OSError, ImportError, torch.OutOfMemoryError)  # they say nothing about the model, so the next call tries again
@@ -77,10 +76,7 @@ def _verified_head(model: PreTrainedModel) -> LMHead | None:
     if inner.config.model_type in DROP_LAYOUT or most_rows(inner) < sys.maxsize or rotary_limits(inner.config):
         return None
     try:
-        check_model(model)
-        adapters.check_rows(model)
-        verify_once(inner)
-        return find_lm_head(inner)
+        return checked_head(model)
     except _PASSING:
         raise
     except Exception:  # an ordinary forward serves where anything is unusual

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import PackedPass, TextPass, ThoughtStore, decode_rows, decode_step
-from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import backbone, device_of, dropout_off, embeddings, not_finite
+from quietstar.hf.lm_head import LMHead, find_lm_head
+from quietstar.hf.modules import backbone, device_of, dropout_off, embeddings, not_finite, unwrapped
 from quietstar_kernels import ThoughtLayout
 
 _TEXT, _ROWS, _THOUGHTS = 12, 4, 2
@@ -87,6 +88,16 @@ def verify_once(model: PreTrainedModel) -> None:
     if not report.ok:
         raise ValueError(f"{type(model).__name__} cannot think: its rows differ from ordinary forwards: {report}")
     _verified.add(key)
+
+
+def checked_head(model: PreTrainedModel) -> LMHead:
+    """The output head of a model, perhaps with adapters; raises ValueError if its rows can't be packed."""
+    inner = unwrapped(model)
+    check_model(model)
+    adapters.check_rows(model)
+    hand_on_layout(inner)
+    verify_once(inner)
+    return find_lm_head(inner)
 
 
 def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
