@@ -15,7 +15,8 @@ from torch import Tensor
 from ._operator import call, operator
 from .checks import FLOATS, Checker, check_head, under_autocast
 from .cpu._head import chunk_rows
-from .cpu.products import add_product, multiply
+from .cpu.linear_logprob import Gradients
+from .cpu.products import multiply
 from .reference import wide
 
 GPU_LOGITS = 2**25  # in one chunk: 128 MiB of fp32
@@ -121,9 +122,7 @@ def _linear_divergence_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         student = _Head(hidden, weight, bias, inner, outer)
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, teacher_inner, teacher_outer)
-        dhidden = hidden.new_empty(hidden.shape if wanted[0] else 0)
-        dweight = hidden.new_zeros(weight.shape if wanted[1] else 0, dtype=student.dtype)
-        dbias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=student.dtype)
+        gradients = Gradients(hidden, student.weight, list(wanted))
         for rows in _chunks(hidden, len(weight)):
             s, bend = student.log_probs(rows)
             d = _gradient(s, teacher.log_probs(rows)[0].to(s.dtype), beta)
@@ -131,14 +130,9 @@ def _linear_divergence_backward(
             d *= grad[rows, None].to(d.dtype) * (inner if outer is None else inner * outer)
             if bend is not None:
                 d *= bend.square_().neg_().add_(1)
-            factor = d.to(student.weight.dtype)
-            if wanted[0]:
-                dhidden[rows] = _product(factor, student.weight)
-            if wanted[1]:
-                _add_product(dweight, factor.T, student.factor(rows))
-            if wanted[2]:
-                dbias += d.sum(0)
-        return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+            gradients.add(rows, d)
+        dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in gradients.result())
+        return dhidden, dweight, dbias
 
 
 class _Head:
@@ -149,12 +143,9 @@ class _Head:
         self.weight = weight if weight.is_cuda else wide(weight)
         self.dtype = wide(hidden.new_empty(0)).dtype
 
-    def factor(self, rows: slice) -> Tensor:
-        return self.hidden[rows].to(self.weight.dtype)
-
     def log_probs(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [rows,V], and with a soft cap the tanh of the logits."""
-        x, bend = _product(self.factor(rows), self.weight.T), None
+        x, bend = multiply(self.hidden[rows].to(self.weight.dtype), self.weight.T), None
         if self.bias is not None:
             x += self.bias
         x *= self.inner
@@ -168,21 +159,6 @@ def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     rows = len(hidden)
     step = chunk_rows(rows, vocabulary) if hidden.device.type == "cpu" else GPU_LOGITS // vocabulary
     return [slice(start, start + step) for start in range(0, rows, max(step, 1))]
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    if a.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return multiply(a, b) if a.device.type == "cpu" else torch.mm(a, b)
-
-
-def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.itemsize == 2:
-        torch.addmm(to, a, b, out_dtype=to.dtype, out=to)
-    elif a.device.type == "cpu":
-        add_product(to, a, b)
-    else:
-        to.addmm_(a, b)
 
 
 def _mixture(s: Tensor, t: Tensor, beta: float) -> Tensor:

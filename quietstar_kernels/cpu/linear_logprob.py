@@ -55,7 +55,7 @@ def linear_logprob_backward(
     softmax = _Softmax(head)
     weight = softmax.weight
     R, V = len(hidden), len(weight)
-    gradients = _Gradients(hidden, weight, wanted)
+    gradients = Gradients(hidden, weight, wanted)
     buffer = weight.new_empty(chunk_rows(R, V), V)
     gaps = None if kept is not None or grad_entropy is None else torch.empty_like(buffer)
     states = weight.new_empty(4, R) if kept_rows is None else torch.stack([kept_rows[:, 0], entropy, largest, log_total])
@@ -137,21 +137,23 @@ class _Softmax:
         out[:, self.banned] = 0
 
 
-class _Gradients:
+class Gradients:
     """The gradients of hidden, weight and bias that are wanted, added up from those of hidden · weight, some rows at a time."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: list[bool]):
         self.hidden, self.weight = hidden, weight
         self.dhidden = hidden.new_empty(hidden.shape) if wanted[0] else None
-        self.dweight = weight.new_zeros(weight.shape) if wanted[1] else None
-        self.dbias = weight.new_zeros(len(weight)) if wanted[2] else None
+        like = wide(weight.new_empty(0))
+        self.dweight = like.new_zeros(weight.shape) if wanted[1] else None
+        self.dbias = like.new_zeros(len(weight)) if wanted[2] else None
 
     def add(self, rows: slice, d: Tensor) -> None:
         """The weight's gradient is summed chunk by chunk, always in the same order."""
+        factor = d.to(self.weight.dtype)
         if self.dhidden is not None:
-            self.dhidden[rows] = multiply(d, self.weight)
+            self.dhidden[rows] = multiply(factor, self.weight)
         if self.dweight is not None:
-            add_product(self.dweight, d.T, wide(self.hidden[rows]))
+            add_product(self.dweight, factor.T, self.hidden[rows].to(factor.dtype))
         if self.dbias is not None:
             self.dbias += d.sum(0)
 

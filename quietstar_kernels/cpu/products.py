@@ -49,13 +49,18 @@ def cpu_products() -> str:
 
 def through_onednn(a: Tensor, columns: int) -> bool:
     """Whether the product of a [...,k] by a matrix of ``columns`` columns goes to oneDNN."""
-    if a.dtype != torch.float32 or 2 * a.numel() * columns < LEAST:
+    if a.dtype != torch.float32 or a.device.type != "cpu" or 2 * a.numel() * columns < LEAST:
         return False
     return library() == "onednn" or (library() == "both" and a.stride(-1) == 1)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [m,k] times b [k,n], both of any strides: in ``out``, unless oneDNN makes a tensor of its own. Not differentiable."""
+    """a [m,k] times b [k,n], both of any strides: in ``out``, unless oneDNN makes a tensor of its own. Not differentiable.
+
+    On GPUs 16-bit factors have a product in fp32.
+    """
+    if a.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
     if through_onednn(a, b.shape[1]):
         return onednn_linear(a, b.T)
     return torch.mm(a, b, out=out)
@@ -63,7 +68,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     """to [m,n] += a [m,k] times b [k,n]."""
-    if through_onednn(a, b.shape[1]):
+    if a.itemsize == 2:
+        torch.addmm(to, a, b, out_dtype=to.dtype, out=to)
+    elif through_onednn(a, b.shape[1]):
         to.add_(onednn_linear(a, b.T))
     else:
         to.addmm_(a, b)
