@@ -30,6 +30,14 @@ class Head(NamedTuple):
     banned: list[int]
 
     @property
+    def factors(self) -> tuple[float, float | None]:
+        """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x if outer is None."""
+        scale = 1.0 if self.scale is None else self.scale
+        if self.softcap is None:
+            return scale / self.temperature, None
+        return scale / self.softcap, self.softcap / self.temperature
+
+    @property
     def overflows(self) -> bool:
         """Whether a factor between products and logits in bits is beyond fp32, so that no logit is a number."""
         if self.scale is None and self.softcap is None and not 0 < self.temperature < 1e-30:

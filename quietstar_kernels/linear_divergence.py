@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._operator import call, operator
+from ._options import Head
 from .checks import FLOATS, Checker, check_head, under_autocast
 from .cpu._head import chunk_rows
 from .cpu.linear_logprob import Gradients
@@ -82,16 +83,11 @@ def linear_divergence(
     check.in_fp32("teacher_scale", teacher_scale)
     check.in_fp32("teacher_softcap", teacher_softcap)
     temperature, beta = check.temperature(temperature), check.fraction("beta", beta)
-    factors = (*_factors(scale, softcap, temperature), *_factors(teacher_scale, teacher_softcap, temperature))
+    own = Head(weight, bias, scale, softcap, temperature, [])
+    factors = own.factors + own._replace(scale=teacher_scale, softcap=teacher_softcap).factors
     teacher = (None if x is None else x.detach() for x in (teacher_hidden, teacher_weight, teacher_bias))
     divergence: Tensor = call(_forward, hidden, weight, bias, *teacher, *factors, beta)
     return divergence
-
-
-def _factors(scale: float | None, softcap: float | None, temperature: float) -> tuple[float, float | None]:
-    """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x if outer is None."""
-    scale = 1.0 if scale is None else scale
-    return (scale / temperature, None) if softcap is None else (scale / softcap, softcap / temperature)
 
 
 def _linear_divergence(

@@ -84,11 +84,8 @@ class _Softmax:
     """
 
     def __init__(self, head: Head):
-        weight, self.bias, scale, softcap, temperature, self.banned = head
-        self.weight = wide(weight)
-        scale = 1.0 if scale is None else scale
-        self.inner = scale / temperature if softcap is None else scale / softcap
-        self.outer = None if softcap is None else softcap / temperature  # logit = outer * tanh(inner * x), or inner * x
+        self.weight, self.bias, self.banned = wide(head.weight), head.bias, head.banned
+        self.inner, self.outer = head.factors
 
     def products(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden · weight [rows,V], in ``out`` or a new tensor."""

@@ -51,7 +51,7 @@ def linear_logprob(
     """Implements ``reference.linear_logprob``."""
     weight = head.weight
     R, V = len(hidden), len(weight)
-    shift, factors = _shift(head), _factors(head)
+    shift, factors = _shift(head), head.factors
     targets = targets.contiguous()
     largest = shift.new_full((R,), LOWEST.value)
     total, picked = shift.new_zeros(R), shift.new_full((R,), math.nan)
@@ -90,7 +90,7 @@ def linear_logprob_backward(
     """Implements ``reference.linear_logprob_backward``; a logit's gradient is rounded to the model's dtype for the products."""
     weight = head.weight
     R, V = len(hidden), len(weight)
-    shift, factors = _shift(head), _factors(head)
+    shift, factors = _shift(head), head.factors
     entropy, largest, log_total, kept, kept_rows = saved
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted[0] else None
     dweight = weight.new_empty(weight.shape) if wanted[1] else None
@@ -133,14 +133,6 @@ def _shift(head: Head) -> Tensor:
     for token in head.banned:
         shift[token : token + 1].fill_(-math.inf)
     return shift
-
-
-def _factors(head: Head) -> tuple[float, float | None]:
-    """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x if outer is None."""
-    scale = 1.0 if head.scale is None else head.scale
-    if head.softcap is None:
-        return scale / head.temperature, None
-    return scale / head.softcap, head.softcap / head.temperature
 
 
 def _chunk(R: int, V: int) -> tuple[int, int]:

@@ -97,16 +97,9 @@ class EndTokens:
         counts = (distinct // size).bincount(minlength=len(values))
         # Tokens with the same slot write the same values.
         row_of, target_of = (torch.zeros_like(distinct).scatter(0, slot, torch.cat(x)) for x in (rows, targets))
-        return cls(
-            layout,
-            token_ids,
-            max(map(len, sequences)),  # the layout's own bound counts all sequences as one text
-            row_of,
-            target_of,
-            list(zip(values.tolist(), counts.tolist(), strict=True)),
-            slot,
-            live,
-        )
+        longest = max(map(len, sequences))  # the layout's own bound counts all sequences as one text
+        pairs = list(zip(values.tolist(), counts.tolist(), strict=True))
+        return cls(layout, token_ids, longest, row_of, target_of, pairs, slot, live)
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """[U,D], the last hidden states that predict the tokens: one forward of a model with attention "quietstar"."""
@@ -135,8 +128,7 @@ def end_logprobs(
         head: the model's, from ``find_lm_head``.
         autocast_head: whether the head runs in autocast's dtype, where that is on, or in its own.
     """
-    counts = [count for _, count in tokens.temperatures] or [0]
-    divisors = [temperature for temperature, _ in tokens.temperatures] or [1.0]
+    divisors, counts = zip(*(tokens.temperatures or [(1.0, 0)]), strict=True)
     targets = tokens.targets.to(device_of(model))
 
     def score(hidden: Tensor) -> tuple[Tensor, Tensor]:

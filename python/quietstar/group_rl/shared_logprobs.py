@@ -92,11 +92,10 @@ def shared_logprobs(
             return end_logprobs(inner, head, tokens, return_entropy)
 
     def answer() -> tuple[Tensor, Tensor]:
-        if len(trees) == 1 or not torch.is_grad_enabled():
-            found = [one(tokens) for tokens in trees]
-        else:
-            with set_checkpoint_early_stop(False):  # FSDP2 waits for the end of a layer's forward
-                found = [checkpoint(one, tokens, use_reentrant=False) for tokens in trees]
+        if len(trees) == 1:
+            return one(trees[0])
+        with set_checkpoint_early_stop(False):  # FSDP2 waits for the end of a layer's forward
+            found = [checkpoint(one, tokens, use_reentrant=False) for tokens in trees]
         logprobs, entropies = zip(*found, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 

@@ -19,7 +19,7 @@ from quietstar.model import QuietStar
 
 COMPUTE = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARDS = ("think", "choose_anchors", "generate")  # methods that run the model outside of ``forward``
-_freed: WeakSet[FSDPModule] = WeakSet()  # what full_shard reshards after each forward
+_freed: WeakSet[nn.Module] = WeakSet()  # models of which full_shard reshards all groups after each forward
 
 
 def shard(qs: QuietStar, strategy: str, precision: str) -> None:
@@ -49,19 +49,16 @@ def shard(qs: QuietStar, strategy: str, precision: str) -> None:
     # Autocast already casts inputs, and the log-probabilities among them must not be cast.
     policy = MixedPrecisionPolicy(COMPUTE[precision], torch.float32 if precision != "no" else None, cast_forward_inputs=False)
     layers = set(unwrapped(qs.model)._no_split_modules or [])
-    groups: list[Any] = []
     for module in list(qs.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
-            groups.append(module)
             if reshard:
                 module.register_forward_hook(_reshard, with_kwargs=True)
     for head in (qs.mixing_head, qs.gate):
         if head is not None:
             fully_shard(head, reshard_after_forward=reshard)
-            groups.append(head)
     if reshard:
-        _freed.update(groups)
+        _freed.add(qs.model)
     fully_shard(qs, mp_policy=policy)
     for name in FORWARDS:
         setattr(type(qs), name, _as_forward(getattr(QuietStar, name)))
@@ -98,17 +95,17 @@ def gathered(qs: QuietStar) -> Iterator[None]:
     _as_forward(lambda self: None)(qs)  # gathers what is in no group below
     parts = [part for part in (qs.model, qs.mixing_head, qs.gate) if part is not None]
     groups = [module for part in parts for module in part.modules() if isinstance(module, FSDPModule)]
+    freed = groups if qs.model in _freed else []
     try:
+        for group in freed:
+            group.set_reshard_after_forward(False, recurse=False)
         for group in groups:
-            if group in _freed:
-                group.set_reshard_after_forward(False, recurse=False)
             group.unshard()
         yield
     finally:
-        for group in groups:
-            if group in _freed:
-                group.set_reshard_after_forward(True, recurse=False)
-                group.reshard()
+        for group in freed:
+            group.set_reshard_after_forward(True, recurse=False)
+            group.reshard()
 
 
 def _reshard(layer: nn.Module, inputs: tuple, options: dict[str, Any], _: Any) -> None:
