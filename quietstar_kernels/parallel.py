@@ -216,9 +216,9 @@ def gather_text(x: Tensor, slices: Sequence[Spans], group: dist.ProcessGroup | N
     # The second name is of PyTorch before 2.13.
     all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
     everyone: Any = group or dist.group.WORLD
-    gathered = all_gather(pad(x, (0, 0, 0, max(rows) - x.shape[2])), 2, everyone)
+    gathered = all_gather(pad(x, (0, 0, 0, max(rows) - x.shape[2]))[None], 0, everyone)  # [ranks,B,G,most,K]
     pieces: dict[int, Tensor] = {}
-    for own, count, part in zip(slices, rows, gathered.split(max(rows), 2), strict=True):
+    for own, count, part in zip(slices, rows, gathered, strict=True):
         parts = part[:, :, :count].split([end - first for first, end in own], 2)
         pieces.update(zip((first for first, _ in own), parts, strict=True))
     return torch.cat([pieces[first] for first in sorted(pieces)], 2)
