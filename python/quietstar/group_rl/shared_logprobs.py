@@ -133,9 +133,8 @@ def trees_of(
     counts = [max(len(ids) - 1, 0) for ids in sequences]
     live = torch.arange(max(counts, default=0), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
     trees = [EndTokens.of([sequences[i] for i in part], live[part], [temperatures[i] for i in part]) for part in parts]
-    nothing = torch.zeros(1, live.shape[1], dtype=torch.bool, device="cpu")
     token = torch.zeros(1, dtype=torch.int64, device="cpu")
-    trees += [EndTokens.of([token], nothing, [token.double()])] * (forwards - len(parts))
+    trees += [EndTokens.of([token], live.new_zeros(1, live.shape[1]), [token.double()])] * (forwards - len(parts))
     row = {i: place for place, i in enumerate(i for part in parts for i in part)}
     return trees, lambda found: [found[row.get(i, 0), :count] for i, count in enumerate(counts)]
 
