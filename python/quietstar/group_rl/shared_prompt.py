@@ -91,7 +91,7 @@ class SharedPrompts(Trainer):
         for model in models:
             model.set_attn_implementation(WRAPPED_NAME)
             hand_on_layout(unwrapped(model))
-        # A reference model is sharded already where weights are, and with ZeRO-3 so is the model. The first forward checks these.
+        # A reference is sharded already where weights are, and with ZeRO-3 so is the model: the first forward checks them.
         if not is_sharded(self.model):
             model_and_head(type(self).__name__, self.model)
         for reward in self.reward_funcs:
@@ -198,10 +198,9 @@ class SharedPrompts(Trainer):
         self, model: Any, sequences: list[Tensor], live: Tensor, temperature: float = 1.0, return_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
         """``quietstar.group_rl.completions.end_logprobs`` of a model of the trainer, through what wraps it, in its dtypes."""
-        inner = unwrapped(self.accelerator.unwrap_model(model))
         in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
         tokens = EndTokens.of(sequences, live, [ids.new_full(ids.shape, temperature, dtype=torch.float64) for ids in sequences])
-        _, head = model_and_head(type(self).__name__, model)
+        inner, head = model_and_head(type(self).__name__, model)
         answer = functools.partial(end_logprobs, inner, head, tokens, return_entropy, not in_fp32)
         with self.accelerator.autocast():
             return through(model, inner, answer)
