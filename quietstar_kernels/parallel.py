@@ -207,8 +207,9 @@ def gather_text(x: Tensor, slices: Sequence[Spans], group: dist.ProcessGroup | N
     check = Checker("gather_text")
     rows = [sum(end - first for first, end in own) for own in slices]
     spans = sorted(span for own in slices for span in own)
-    if min(rows, default=0) < 1 or any(first != end for (first, _), (_, end) in zip(spans, [(0, 0), *spans], strict=False)):
-        raise check.fail(f"slices must cover the text from 0 on once, with rows for each rank, got {shown(slices)}")
+    joined = all(first == before < end for (first, end), (_, before) in zip(spans, [(0, 0), *spans], strict=False))
+    if min(rows, default=0) < 1 or not joined:
+        raise check.fail(f"slices must cover the text from 0 on once, with rows in each span, got {shown(slices)}")
     if len(slices) != dist.get_world_size(group):
         raise check.fail(f"slices must have one entry for each of {dist.get_world_size(group)} ranks, got {len(slices)}")
     check.sizes["rows"] = rows[dist.get_rank(group)]

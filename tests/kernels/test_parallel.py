@@ -248,8 +248,9 @@ def branches_equal_one_process():
 def text_refuses():
     _, k, _ = heads(0, 5)
     for slices, error in (
-        ([[(0, 5)], [(6, 9)]], "slices must cover the text from 0 on once, with rows for each rank"),
-        ([[(0, 5)], []], "slices must cover the text from 0 on once, with rows for each rank"),
+        ([[(0, 5)], [(6, 9)]], "slices must cover the text from 0 on once, with rows in each span"),
+        ([[(0, 4), (9, 9)], [(4, 9)]], "slices must cover the text from 0 on once, with rows in each span"),
+        ([[(0, 5)], []], "slices must cover the text from 0 on once, with rows in each span"),
         ([[(0, 5)]], "slices must have one entry for each of 2 ranks, got 1"),
         ([[(0, 4)], [(4, 8)]], r"x must have shape \[B,G,rows,K\]=\[\?,\?,4,\?\], got"),
     ):
