@@ -95,7 +95,8 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
     factor = getattr(config, "logit_scale", None)
     scaling = getattr(config, "logits_scaling", None)
     scales = [factor, 1 / scaling if scaling else None, scaling, None]
-    candidates = [LMHead(linear, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
+    layer: Any = unwrapped(model).get_output_embeddings()  # its call gathers the weight, peft's around it too
+    candidates = [LMHead(layer, scale or None, cap or None) for cap in (softcap, None) for scale in scales]
 
     ids = torch.arange(4, device=device_of(model))[None] % linear.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -107,5 +108,5 @@ def find_lm_head(model: PreTrainedModel) -> LMHead:
         tolerance = 1e-2 if hidden.dtype in (torch.float16, torch.bfloat16) else 1e-4
         for head in candidates:
             if (head.logits(hidden).float() - truth).abs().max() <= tolerance * truth.abs().max():
-                return head
+                return replace(head, linear=linear)
     raise ValueError(f"{type(model).__name__} cannot think: its logits are not a linear map of its last hidden state")
