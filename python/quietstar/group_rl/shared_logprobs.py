@@ -19,7 +19,7 @@ from quietstar.group_rl.completions import EndTokens, answering, end_logprobs, t
 from quietstar.hf.architectures import no_model
 from quietstar.hf.attention import NAME, WRAPPED_NAME
 from quietstar.hf.lm_head import LMHead
-from quietstar.hf.modules import device_of, is_sharded, largest, layer_checkpoints_off, unwrapped
+from quietstar.hf.modules import device_of, embeddings, is_sharded, largest, layer_checkpoints_off, unwrapped
 from quietstar.hf.verify import checked_head
 from quietstar_kernels.checks import INTEGERS, LARGEST_FP32, Checker, as_number, integer, shown
 
@@ -80,22 +80,25 @@ def shared_logprobs(
     check = Checker("shared_logprobs")
     given = check.sequences(sequences if cu_seqlens is None else _split(check, sequences, cu_seqlens))
     temperatures = _temperatures(check, temperature, given, cu_seqlens is not None)
+    check.flag("return_entropy", return_entropy)
     most = None if max_rows is None else integer("shared_logprobs: max_rows", max_rows, 1)
+    check_ids(check, inner, given)
     refuse_none(check, given)
     parts = parts_of(given, most)
     forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
     trees, in_order = trees_of(given, temperatures, parts, forwards)
 
     # 2. The forwards, inside of what wraps the model.
-    def one(tokens: EndTokens) -> tuple[Tensor, Tensor]:
+    def one(tokens: EndTokens, _: Tensor) -> tuple[Tensor, Tensor]:
         with layer_checkpoints_off(inner) if len(trees) > 1 else nullcontext():
             return end_logprobs(inner, head, tokens, return_entropy)
 
     def answer() -> tuple[Tensor, Tensor]:
+        there = torch.empty(0, device=device_of(inner))  # checkpoint keeps the random state of its inputs' devices, for dropout
         if len(trees) == 1:
-            return one(trees[0])
+            return one(trees[0], there)
         with set_checkpoint_early_stop(False):  # FSDP2 waits for the end of a layer's forward
-            found = [checkpoint(one, tokens, use_reentrant=False) for tokens in trees]
+            found = [checkpoint(one, tokens, there, use_reentrant=False) for tokens in trees]
         logprobs, entropies = zip(*found, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
@@ -139,6 +142,14 @@ def trees_of(
     return trees, lambda found: [found[row.get(i, 0), :count] for i, count in enumerate(counts)]
 
 
+def check_ids(check: Checker, model: PreTrainedModel, sequences: list[Tensor]) -> None:
+    """Raises ValueError for ids that the model doesn't have, such as labels' -100. On a GPU they would end the process."""
+    size = embeddings(model).num_embeddings
+    for i, ids in enumerate(sequences):
+        if wrong := ids[(ids < 0) | (ids >= size)].tolist():
+            raise check.fail(f"sequence {i} must hold token ids from 0 to V-1={size - 1}, got {wrong[0]}")
+
+
 def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
     """Raises ValueError if there are no sequences, where other processes wait for this one's backward."""
     if not sequences and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -147,11 +158,15 @@ def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
 
 def _split(check: Checker, packed: Any, cu_seqlens: Any) -> list[Tensor]:
     """The sequences of packed token ids [total] or [1,total]."""
-    ids, ends = (torch.as_tensor(x, device="cpu") for x in (packed, cu_seqlens))
+    wanted = f"with cu_seqlens, sequences must be one tensor [total] or [1,total], got {shown(packed)}"
+    try:
+        ids, ends = (torch.as_tensor(x, device="cpu") for x in (packed, cu_seqlens))
+    except (TypeError, ValueError, RuntimeError):
+        raise check.fail(f"{wanted}, and cu_seqlens {shown(cu_seqlens)}") from None
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.ndim != 1:
-        raise check.fail(f"with cu_seqlens, sequences must be one tensor [total] or [1,total], got {shown(packed)}")
+        raise check.fail(wanted)
     fits = ends.ndim == 1 and ends.dtype in INTEGERS and len(ends) > 0 and ends[0] == 0 and ends[-1] == len(ids)
     if not fits or (ends[1:] < ends[:-1]).any():
         raise check.fail(f"cu_seqlens must be integers [n+1] that grow from 0 to total={len(ids)}, got {shown(cu_seqlens)}")

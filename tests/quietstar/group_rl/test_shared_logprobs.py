@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import quietstar
+from quietstar.group_rl import shared_logprobs
 
 # Two prompts; a prompt with two answers, of which one has two more turns; one sequence twice, one that another begins with.
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 12], [5, 6, 7, 20, 21], [5, 6, 7], [3, 4, 4, 5], [5, 6, 7, 8, 9, 12], [9]]
@@ -92,6 +94,24 @@ def test_cut_by_rows(model, max_rows, checkpointed):
     assert len(rows) == {1: 14, 8: 6, 100: 1}[max_rows]  # several are computed again in the backward
 
 
+def test_dropout_is_drawn_again_in_the_recomputation(model, monkeypatch):
+    """Checkpoints keep the random state of devices that they see among their inputs."""
+    shared, _ = model("gpt2", resid_pdrop=0.3)
+    shared.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    real, gradients = shared_logprobs.checkpoint, []
+
+    def seen(call, *inputs, use_reentrant):
+        assert shared.device in [x.device for x in inputs if isinstance(x, torch.Tensor)]
+        return real(call, *inputs, use_reentrant=use_reentrant)
+
+    for checkpoint in (seen, lambda call, *inputs, use_reentrant: call(*inputs)):
+        monkeypatch.setattr(shared_logprobs, "checkpoint", checkpoint)
+        torch.manual_seed(0)
+        logprobs = quietstar.shared_logprobs(shared, SEQUENCES, max_rows=8)
+        gradients.append(torch.autograd.grad(torch.cat(logprobs).sum(), shared.get_input_embeddings().weight)[0])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.fixture
 def one_process():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -112,6 +132,15 @@ def test_wrapped_models(model, one_process, wrap):
     assert calls == [1] and "forward" not in vars(shared)
     for x, y in zip(wrapped.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(getattr(x.grad, "full_tensor", lambda x=x: x.grad)(), y.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sharded_head_that_peft_trains_as_a_whole(model, one_process):
+    shared, _ = model("llama")
+    want = quietstar.shared_logprobs(copy.deepcopy(shared), SEQUENCES)
+    tuned = get_peft_model(shared, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    fully_shard(shared.lm_head)
+    got = quietstar.shared_logprobs(fully_shard(tuned), SEQUENCES)
+    torch.testing.assert_close(got, want)
 
 
 def test_offloaded_weights(model):
@@ -150,6 +179,13 @@ WRONG = {
         "cu_seqlens": torch.tensor([0, 2]),
     },
     "with cu_seqlens, sequences must be one tensor": {"sequences": [[1, 2], [3, 4]], "cu_seqlens": torch.tensor([0, 2, 4])},
+    "with cu_seqlens, sequences must be one tensor [total] or [1,total], got 'ab'": {
+        "sequences": "ab",
+        "cu_seqlens": torch.tensor([0, 2]),
+    },
+    "sequence 1 must hold token ids from 0 to V-1=60, got -100": {"sequences": [[1, 2], [1, -100]]},
+    "sequence 0 must hold token ids from 0 to V-1=60, got 61": {"sequences": [[1, 61]]},
+    "return_entropy must be True or False": {"return_entropy": None},
     "temperature must be a positive finite number": {"temperature": 0.0},
     "temperature must be positive and finite": {"temperature": [1.0, -1.0]},
     "temperature must be a positive number, one for each sequence": {"temperature": [1.0, 1.0, 1.0]},
