@@ -67,7 +67,8 @@ def shared_logprobs(
         return_entropy: also return the entropies of the distributions that predict the tokens, in nats, differentiable too.
         cu_seqlens: integers [n+1] from 0 to total, where each sequence begins and the last ends.
         max_rows: the most distinct tokens of a forward; a longer sequence has one to itself. Where there are several forwards,
-            a backward computes them again, one at a time. Prompts whose completions are in several are computed in each.
+            a backward computes them again, one at a time. Prompts whose completions are in several are computed in each. With
+            sharded weights all processes pass it, or none.
 
     Returns:
         For each sequence, fp32 [T-1] (fp64 for fp64 models), on the model's device. With ``return_entropy`` two such lists.
@@ -136,8 +137,9 @@ def trees_of(
     counts = [max(len(ids) - 1, 0) for ids in sequences]
     live = torch.arange(max(counts, default=0), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
     trees = [EndTokens.of([sequences[i] for i in part], live[part], [temperatures[i] for i in part]) for part in parts]
-    token = torch.zeros(1, dtype=torch.int64, device="cpu")
-    trees += [EndTokens.of([token], live.new_zeros(1, live.shape[1]), [token.double()])] * (forwards - len(parts))
+    if spare := forwards - len(parts):
+        token = torch.zeros(1, dtype=torch.int64, device="cpu")
+        trees += [EndTokens.of([token], live.new_zeros(1, live.shape[1]), [token.double()])] * spare
     row = {i: place for place, i in enumerate(i for part in parts for i in part)}
     return trees, lambda found: [found[row.get(i, 0), :count] for i, count in enumerate(counts)]
 
