@@ -16,7 +16,8 @@ import trl.trainer.utils
 from tests.quietstar.conftest import make_model
 
 ROOT = Path(__file__).parents[2]
-TRL, VERL = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/group-rl.md").read_text(), re.MULTILINE | re.DOTALL)
+SECTION = (ROOT / "docs/group-rl.md").read_text().partition("\n## Log-probabilities in TRL and verl\n")[2]
+TRL, VERL = re.findall(r"^```py\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
