@@ -56,7 +56,7 @@ def check_processes(processes: int, config: TrainConfig, strategy: str) -> None:
     if strategy != "no" and config.anchor_chunk == "auto":
         raise ValueError("train: anchor_chunk must be a number if weights are sharded, the same in each process, got 'auto'")
     if strategy != "full_shard" and config.rollout_weights == "gathered":
-        raise ValueError(f"train: rollout_weights must be 'sharded' unless sharding is full_shard, got {strategy!r}")
+        raise ValueError(f"train: rollout_weights='gathered' needs sharding full_shard, got {strategy!r}")
 
 
 def in_each_process(accelerator: Accelerator, value: int) -> list[int]:

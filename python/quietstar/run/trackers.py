@@ -18,7 +18,10 @@ PROJECT = "quietstar"
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ValueError if the tracker of ``config`` is unknown or not installed."""
+    """Raises ValueError if the tracker of ``config`` is unknown or not installed, or if only its project or name is given."""
+    for option in ("tracker_project", "tracker_name"):
+        if getattr(config, option) and not config.tracker:
+            raise ValueError(f"train: {option} needs a tracker, got {getattr(config, option)!r} alone")
     if config.tracker and not filter_trackers([config.tracker], config.out):  # Accelerate passes over it
         raise ValueError(f"train: tracker={config.tracker!r}, and its package isn't installed")
 

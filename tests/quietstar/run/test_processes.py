@@ -217,7 +217,7 @@ def test_what_several_processes_cannot_do_is_one_sentence(together):
         "train: batch_size must be at least the number of processes, 2, got 1"
     ] * 2
     assert "anchor_chunk must be a number" in together["auto"][0]["error"]
-    wanted = "train: rollout_weights must be 'sharded' unless sharding is full_shard, got 'shard_grad_op'"
+    wanted = "train: rollout_weights='gathered' needs sharding full_shard, got 'shard_grad_op'"
     assert together["whole"][0]["error"] == wanted
     wanted = "train: base_model must be 'frozen' or 'current' for adapters with sharding, got 'ema'"
     assert together["ema"][0]["error"] == wanted

@@ -113,6 +113,12 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_other_trackers(run, begun):
     assert runs == [("quietstar", {"purge_step": 1}), ("quietstar", {"purge_step": 3})]
 
 
+@pytest.mark.parametrize("option", ["tracker_project", "tracker_name"])
+def test_an_option_of_no_tracker_is_refused(run, option):
+    with pytest.raises(ValueError, match=f"^train: {option} needs a tracker, got 'mine' alone$"):
+        run("", **{option: "mine"})
+
+
 def test_a_tracker_that_is_not_installed_is_refused(run, monkeypatch):
     monkeypatch.setattr(tracking, "_available_trackers", [])
     with pytest.raises(ValueError, match="tracker='wandb', and its package isn't installed"):
