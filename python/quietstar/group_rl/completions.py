@@ -69,15 +69,17 @@ class EndTokens:
     live: Tensor
 
     @classmethod
-    def of(cls, sequences: Sequence[Tensor], live: Tensor, temperatures: Sequence[Tensor]) -> EndTokens:
+    def of(cls, sequences: Sequence[Tensor], live: Tensor, temperatures: float | Sequence[Tensor] = 1.0) -> EndTokens:
         """The tree of ``sequences``.
 
         Args:
             sequences: int64 [length] on the host, one at least not empty.
             live: bool [B,T] on the host. Row i has a True for each last token of sequence i that is scored, one fewer than it
                 has tokens at most: the first can't be scored.
-            temperatures: of each sequence's tokens, fp64 [length] on the host.
+            temperatures: one for all, or of each sequence's tokens, fp64 [length] on the host.
         """
+        if isinstance(temperatures, float):
+            temperatures = [ids.new_full(ids.shape, temperatures, dtype=torch.float64) for ids in sequences]
         # 1. A row for each distinct token. Nothing follows a last token, so it needs no row; but without any row the result
         # would not depend on the model.
         layout, token_ids, paths = ThoughtLayout.from_sequences([ids[: max(len(ids) - 1, 1)] for ids in sequences])
@@ -140,9 +142,8 @@ def end_logprobs(
         return torch.cat(logprobs), torch.cat(entropies)
 
     hidden = tokens.hidden(model)
-    layer: Any = model.get_output_embeddings()
     with nullcontext() if autocast_head else torch.autocast(hidden.device.type, enabled=False):
-        logprob, entropy = through(layer, layer, score, hidden)
+        logprob, entropy = through_head(model, score, hidden)
     return tokens.spread(logprob), tokens.spread(entropy)
 
 
@@ -157,6 +158,14 @@ def through(
     with answering(module, lambda *args: torch.complex(*answer(*args))):
         both = called(*inputs)
     return both.real, both.imag
+
+
+def through_head(
+    model: PreTrainedModel, answer: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``answer(hidden)`` as the forward of the output layer, which has its whole weight there."""
+    layer: Any = model.get_output_embeddings()
+    return through(layer, layer, answer, hidden)
 
 
 @contextmanager

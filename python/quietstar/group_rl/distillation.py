@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quietstar.group_rl.completions import through
+from quietstar.group_rl.completions import through, through_head
 from quietstar.group_rl.shared_logprobs import check_ids, model_and_head, parts_of, refuse_none, trees_of
 from quietstar_kernels import linear_divergence
 from quietstar_kernels.checks import Checker
@@ -51,15 +50,14 @@ def shared_divergence(
     sizes = [head.linear.out_features for head in heads]
     if sizes[0] != sizes[1]:
         raise check.fail(f"the teacher must have the student's vocabulary of {sizes[0]}, got {sizes[1]}: resize its embeddings")
-    ones = [torch.ones(len(ids), dtype=torch.float64, device="cpu") for ids in given]
-    (tokens,), in_order = trees_of(given, ones, parts_of(given))
+    (tokens,), in_order = trees_of(given, None, parts_of(given))
 
     # The student's forward is inside that of the teacher's head, and the loss inside both heads: there the weights of both are
     # gathered, if they are sharded, and again before the backward reads them.
     def by_teacher() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             hidden = tokens.hidden(other)
-        return _through_head(other, by_teacher_head, hidden)
+        return through_head(other, by_teacher_head, hidden)
 
     def by_teacher_head(hidden: Tensor) -> tuple[Tensor, Tensor]:
         rows, weight, bias = heads[1].operands(hidden)
@@ -70,11 +68,6 @@ def shared_divergence(
             found = heads[0].apply(linear_divergence, hidden, **options)
             return found, torch.zeros_like(found)
 
-        return through(student, own, lambda: _through_head(own, by_student_head, tokens.hidden(own)))
+        return through(student, own, lambda: through_head(own, by_student_head, tokens.hidden(own)))
 
     return in_order(tokens.spread(through(teacher, other, by_teacher)[0]))
-
-
-def _through_head(model: Any, answer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    layer = model.get_output_embeddings()
-    return through(layer, layer, answer, hidden)

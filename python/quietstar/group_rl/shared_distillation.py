@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quietstar.group_rl.completions import EndTokens, without_padding
@@ -62,5 +61,5 @@ class SharedDistillation(SharedPrompts):
         limits, row = rotary_limits(inner.config), input_ids.shape[1]
         check_room(type(inner).__name__, limits, row, "prompts and completions, padded as by TRL,")
         sequences, live = without_padding(input_ids, attention_mask, logits_to_keep)
-        tokens = EndTokens.of(sequences, live, [torch.ones(len(ids), dtype=torch.float64) for ids in sequences])
+        tokens = EndTokens.of(sequences, live)
         return tokens.spread(tokens.hidden(inner))

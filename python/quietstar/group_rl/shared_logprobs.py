@@ -128,7 +128,7 @@ def model_and_head(name: str, model: nn.Module) -> tuple[PreTrainedModel, LMHead
 
 
 def trees_of(
-    sequences: list[Tensor], temperatures: list[Tensor], parts: list[list[int]], forwards: int = 1
+    sequences: list[Tensor], temperatures: list[Tensor] | None, parts: list[list[int]], forwards: int = 1
 ) -> tuple[list[EndTokens], Callable[[Tensor], list[Tensor]]]:
     """A tree for each forward, in which each token but the first is scored, and what brings results back in order.
 
@@ -136,10 +136,13 @@ def trees_of(
     """
     counts = [max(len(ids) - 1, 0) for ids in sequences]
     live = torch.arange(max(counts, default=0), device="cpu") < torch.tensor(counts, device="cpu").unsqueeze(1)
-    trees = [EndTokens.of([sequences[i] for i in part], live[part], [temperatures[i] for i in part]) for part in parts]
+    trees = [
+        EndTokens.of([sequences[i] for i in part], live[part], [temperatures[i] for i in part] if temperatures else 1.0)
+        for part in parts
+    ]
     if spare := forwards - len(parts):
         token = torch.zeros(1, dtype=torch.int64, device="cpu")
-        trees += [EndTokens.of([token], live.new_zeros(1, live.shape[1]), [token.double()])] * spare
+        trees += [EndTokens.of([token], live.new_zeros(1, live.shape[1]))] * spare
     row = {i: place for place, i in enumerate(i for part in parts for i in part)}
     return trees, lambda found: [found[row.get(i, 0), :count] for i, count in enumerate(counts)]
 

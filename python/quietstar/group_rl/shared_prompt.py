@@ -199,7 +199,7 @@ class SharedPrompts(Trainer):
     ) -> tuple[Tensor, Tensor]:
         """``quietstar.group_rl.completions.end_logprobs`` of a model of the trainer, through what wraps it, in its dtypes."""
         in_fp32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOO has no such option
-        tokens = EndTokens.of(sequences, live, [ids.new_full(ids.shape, temperature, dtype=torch.float64) for ids in sequences])
+        tokens = EndTokens.of(sequences, live, temperature)
         inner, head = model_and_head(type(self).__name__, model)
         answer = functools.partial(end_logprobs, inner, head, tokens, return_entropy, not in_fp32)
         with self.accelerator.autocast():
