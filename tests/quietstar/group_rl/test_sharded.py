@@ -66,6 +66,7 @@ def results(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_steps_of_trl(results, name):
+    print(results[name][0])  # the table of docs/group-rl.md
     for found in results[name]:
         assert found["moved"] > 0.01 and all(found["sharded"][:2])
         if "bf16" in name:

@@ -62,6 +62,7 @@ def results(tiny, tmp_path_factory):
 @pytest.mark.parametrize("name", TRAINING)
 def test_steps_of_trl(results, name):
     stage = TRAINING[name]["stage"]
+    print(results[name][0])  # the figures of docs/group-rl.md
     for found in results[name]:
         assert found["moved"] > 0.01 and found["stages"] == [[stage, stage == 3]] * 2
         if "bf16" in name:
