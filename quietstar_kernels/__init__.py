@@ -27,12 +27,14 @@ from .sample_thoughts import sample_thoughts
 from .sample_token import sample_token
 from .thought_attention import thought_attention
 from .thought_decode import thought_decode
+from .thought_delta import DeltaRows, thought_delta
 
 _first_use.CASES.update(self_test.FIRST_USE)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeltaRows",
     "ThoughtLayout",
     "backends",
     "cpu_library",
@@ -45,5 +47,6 @@ __all__ = [
     "text_attention",
     "thought_attention",
     "thought_decode",
+    "thought_delta",
     "vocab_parallel_logprob",
 ]

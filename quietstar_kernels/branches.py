@@ -116,6 +116,27 @@ class Branches(_Tensors):
         own = text.gather(1, self.column(ANCHOR)) + 1 + self.row_in_path()
         return torch.cat([text, own.masked_fill(~self.live(), 0)], 1)
 
+    def parent_rows(self) -> Tensor:
+        """int64 [B,M]: the row before each row on its path; -1 for the first row of a document, and where a row is off."""
+        t = torch.arange(self.L, device=self.device)
+        text = torch.where(self.lo < t, t - 1, -1)
+        if not self.C:
+            return pad(text, (0, self.R), value=-1)
+        first = self.column(ANCHOR)
+        if self.tree is not None:
+            length = self.table[..., LENGTH].long()
+            # From a node to the nearest one above it that has rows; the last one stands for the text.
+            up = pad(torch.where(self.tree[..., PARENT] < 0, self.C, self.tree[..., PARENT].long()), (0, 1), value=self.C)
+            skip = torch.where(pad(length, (0, 1), value=1) == 0, up, torch.arange(self.C + 1, device=self.device))
+            for _ in range(self.C.bit_length()):  # over 1, 2, 4, .. nodes without rows
+                skip = skip.gather(1, skip)
+            above = self.per_row(skip.gather(1, up)[:, :-1])
+            last = self.L + pad(self.table[..., START].long() + length, (0, 1)).gather(1, above) - 1
+            first = torch.where(above < self.C, last, first)
+        row = self.row_in_branch()
+        r = torch.arange(self.L, self.M, device=self.device)
+        return torch.cat([text, torch.where(row > 0, r - 1, torch.where(row == 0, first, -1))], 1)
+
     def dense_mask(self, window: int | None = None) -> Tensor:
         """bool [B,M,M], True where the row sees the column; see ``ThoughtLayout.dense_mask``."""
         B, L, R = self.B, self.L, self.R

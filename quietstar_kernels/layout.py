@@ -11,9 +11,9 @@ thought, and nothing else. Text row t sees the text in ``[lo[b, t], t]`` (Quiet-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,20 @@ from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, has_value
 
 OP = "ThoughtLayout"
 OWN = ("causal", "full")
+T = TypeVar("T")
 MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 
 class _Made:
-    """Branches, and the layout's fields that they were made from. No container, so that no framework looks into it."""
+    """Branches, and the layout's fields that they were made from. No container, so that no framework looks into it.
+
+    Attributes:
+        tables: what an op makes from the branches, by name.
+    """
 
     def __init__(self, layout: ThoughtLayout, branches: Branches):
         self.fields, self.branches = _own_fields(layout), branches
+        self.tables: dict[str, Any] = {}
 
     def serves(self, layout: ThoughtLayout) -> bool:
         pairs = zip(self.fields, _own_fields(layout), strict=True)
@@ -135,6 +141,16 @@ class ThoughtLayout:
             return branches
         path = torch.stack([branches.per_row(tree[..., END]), branches.row_in_path()], -1)
         return branches._replace(path=_trainable(path.int()))
+
+    def table(self, name: str, make: Callable[[ThoughtLayout], T]) -> T:
+        """What ``make`` makes from the layout, once where the branches are; for ops that are called by every layer."""
+        self.branches  # noqa: B018  # makes them
+        if self._made is None or torch.compiler.is_compiling():
+            return make(self)
+        if name not in self._made.tables:
+            with torch.inference_mode(False):  # a backward may save it
+                self._made.tables[name] = make(self)
+        return self._made.tables[name]
 
     @classmethod
     def every_position(

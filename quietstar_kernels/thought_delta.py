@@ -1,0 +1,184 @@
+"""thought_delta: recurrent layers with a state (gated delta rule, KDA, Mamba-2) over packed text and thought rows.
+
+A row takes the state S [K,E] of the row before it on its path, lets it decay, writes to it, and reads it:
+
+    S <- diag(exp(g)) S,   w = beta (v - k S),   S <- S + k w^T,   out = q S
+
+(Gated Delta Networks, arXiv 2412.06464, equation 10; a decay for each channel: Kimi Linear, arXiv 2510.26692.) Without beta,
+w = v, which is Mamba-2 (arXiv 2405.21060) with v = dt x. The first row of a thought follows its anchor's text row, so the
+state splits there without a copy of the text. What a row leaves for the rows after it is (k, w, g), like a key and a value.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .branches import ANCHOR
+from .checks import FLOATS, Checker, check_instance, check_steps, on_host, refuse_where
+from .delta import reference
+from .layout import ThoughtLayout
+from .reference import wide
+
+_OP = "thought_delta"
+BACKENDS = {"reference": reference}
+
+
+class DeltaRows(NamedTuple):
+    """What rows leave for the rows after them.
+
+    Attributes:
+        k: [B,G,rows,K], keys.
+        w: [B,H,rows,E], what each row wrote, fp32 (fp64 for fp64 inputs).
+        g: [B,H,rows], or [B,H,rows,K] with a decay for each channel; the logarithm of the decay.
+    """
+
+    k: Tensor
+    w: Tensor
+    g: Tensor
+
+
+def thought_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    layout: ThoughtLayout,
+    text: DeltaRows | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over text and thoughts, each thought from the state at its anchor; in a tree from its parent's last row.
+
+    Differentiable in all tensors. Computes in fp32 (fp64 for fp64 v), whatever autocast says. NaN in a row's k, v, g or beta
+    makes that row and those after it on its paths NaN; NaN in q its own row. No other row changes, and none has a gradient
+    from those.
+
+    Args:
+        q: [B,G,M,K], scaled, and normalised where the model does that; [B,G,R,K] with ``text``, and so on.
+        k: [B,G,M,K], H a multiple of G: head h reads key head h // (H/G).
+        v: [B,H,M,E].
+        g: [B,H,M], or [B,H,M,K] with a decay for each channel; at most 0.
+        beta: [B,H,M], how much of the old value under a key is replaced; None writes v.
+        layout: which row follows which; ``own="full"`` is refused, and so is an ``lo`` that is not the start of a document.
+        text: what the text's rows left, from an earlier call. The other arguments then hold the R thought rows alone.
+        backend: "auto", "matmul" or "reference".
+
+    Returns:
+        out [B,H,rows,E] in v's dtype, and w [B,H,rows,E] for ``DeltaRows``; both 0 where a row is off.
+
+    Raises:
+        ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
+    """
+    check = _checked(_OP, q, k, v, g, beta, layout, "R" if text is not None else "M")
+    if text is not None:
+        _check_rows(check, "text", text, "L", layout.device)
+    first = layout.M - v.shape[2]
+    live = layout.table("recurrent rows", _recurrent_rows)[:, None, first:, None]
+    dtype, wide_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        rows = [x.to(wide_dtype) for x in (q, k, v, _columns(g, v))] + (
+            [] if beta is None else [beta.to(wide_dtype)[..., None]]
+        )
+        rows = [x.where(live, 0) for x in rows]
+        bad, bad_q = _not_finite(*rows[1:], heads=v.shape[1]), _not_finite(rows[0], heads=v.shape[1])
+        poisoned = None
+        if not on_host(bad) or bool((bad | bad_q).any()) or text is not None:
+            rows = [x.where(x.isfinite(), 0) for x in rows]
+            poisoned = _poisoned(bad, layout, text)
+        q, k, v, g = rows[:4]
+        past = None if text is None else DeltaRows(*(x.to(wide_dtype) for x in (text.k, text.w, _columns(text.g, text.w))))
+        if past is not None:
+            past = DeltaRows(*(x.where(x.isfinite(), 0) for x in past))
+        out, w = _backend(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
+        if poisoned is not None:
+            out = out.masked_fill((poisoned | bad_q)[..., None], torch.nan)
+            w = w.masked_fill(poisoned[..., None], torch.nan)
+        out, w = (x.where(live, 0) for x in (out, w))
+    return out.to(dtype), w
+
+
+def _recurrent_rows(layout: ThoughtLayout) -> Tensor:
+    """bool [B,M], the rows that are on. Raises ValueError for what no recurrence can follow."""
+    check_recurrent("recurrent layers", layout)
+    return torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), layout.branches.live()], 1)
+
+
+def check_recurrent(op: str, layout: ThoughtLayout) -> None:
+    """Raises ValueError for a layout in which a row doesn't follow one other row, with all that this one sees."""
+    check_steps(Checker(op), layout.own)
+    lo, t = layout.lo, torch.arange(layout.L, device=layout.device)
+    cut = (lo[:, 1:] != lo[:, :-1]) & (lo[:, 1:] != t[1:])
+    refuse_where(cut, f"{op}: lo must be the start of a document, whose state begins at zero")
+
+
+def _columns(g: Tensor, v: Tensor) -> Tensor:
+    """[B,H,rows,1], or [B,H,rows,K] as it is."""
+    return g[..., None] if g.ndim < v.ndim else g
+
+
+def _not_finite(*tensors: Tensor, heads: int) -> Tensor:
+    """bool [B,H,rows]: where one of [B,heads or fewer,rows,*] holds NaN or infinity."""
+    sums = [x.sum(-1) for x in tensors]  # one pass; a sum that overflows counts too
+    bad = [~x.isfinite().repeat_interleave(heads // x.shape[1], 1) for x in sums]
+    return torch.stack(bad).any(0)
+
+
+def _poisoned(bad: Tensor, layout: ThoughtLayout, text: DeltaRows | None) -> Tensor:
+    """bool [B,H,rows]: rows with a bad one on their path, themselves included."""
+    B, H = bad.shape[:2]
+    L, first = layout.L, layout.M - bad.shape[2]
+    counts = bad.int()
+    if text is None:
+        counts, own = counts.split([L, layout.R], 2)
+        sums = torch.nn.functional.pad(counts.cumsum(2), (1, 0))
+        lo = layout.lo.long()[:, None].expand(B, H, L)
+        text_bad = sums[..., 1:] > sums.gather(2, lo)
+    else:
+        own, text_bad = counts, ~text.w.sum(-1).isfinite()  # NaN where a row was poisoned
+    if not layout.R:
+        return text_bad
+    branches = layout.branches
+    r = torch.arange(layout.R, device=bad.device)
+    if branches.path is None:
+        end = (branches.column(1) + branches.column(2)).where(branches.live(), r + 1)
+    else:
+        end = branches.path[..., 0].long().where(branches.live(), r + 1)
+    # Row r is seen by rows r to end(r): add one there, take it away after.
+    change = torch.nn.functional.pad(own, (0, 1)).scatter_add(2, end[:, None].expand(B, H, -1), -own)
+    own_bad = change[..., :-1].cumsum(2) > 0
+    if L:
+        own_bad = own_bad | text_bad.gather(2, branches.column(ANCHOR)[:, None].expand(B, H, -1))
+    return own_bad if first else torch.cat([text_bad, own_bad], 2)
+
+
+def _checked(
+    op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, rows: str
+) -> Checker:
+    check_instance(op, "layout", layout, ThoughtLayout)
+    check = Checker(op, B=layout.B, M=layout.M, R=layout.R, L=layout.L, **{"P*N": layout.P * layout.N})
+    device = layout.device
+    check.tensor("v", v, f"B,H,{rows},E", FLOATS, device, "layout")
+    check.tensor("q", q, f"B,G,{rows},K", FLOATS, device, "v")
+    check.tensor("k", k, f"B,G,{rows},K", FLOATS, device, "v")
+    check.tensor("g", g, f"B,H,{rows},K" if getattr(g, "ndim", 0) == 4 else f"B,H,{rows}", FLOATS, device, "v")
+    if beta is not None:
+        check.tensor("beta", beta, f"B,H,{rows}", FLOATS, device, "v")
+    if check["G"] == 0 or check["H"] % check["G"]:
+        raise check.fail(f"H must be a multiple of G, got H={check['H']} in v, G={check['G']} in k")
+    return check
+
+
+def _check_rows(check: Checker, name: str, rows: DeltaRows, letters: str, device: torch.device) -> None:
+    check.tensor(f"{name}.k", rows.k, f"B,G,{letters},K", FLOATS, device, "layout")
+    check.tensor(f"{name}.w", rows.w, f"B,H,{letters},E", FLOATS, device, "layout")
+    wanted = f"B,H,{letters}" + (",K" if rows.g.ndim > rows.w.ndim - 1 else "")
+    check.tensor(f"{name}.g", rows.g, wanted, FLOATS, device, "layout")
+
+
+def _backend(op: str, name: str) -> ModuleType:
+    name = Checker(op).choice("backend", name, ("auto", *BACKENDS))
+    return BACKENDS["reference" if name == "auto" else name]
