@@ -52,15 +52,14 @@ def prompts_once(model: PreTrainedModel, head: LMHead, prompts: Sequence[Sequenc
 
 
 class _TreePass(PackedPass):
-    """The tree of the prompts; the store gets the keys and values of each prompt, at ``rows`` of the tree."""
+    """The tree of the prompts; the store gets what the rows of each prompt left, which are at ``rows`` of the tree."""
 
     def __init__(self, layout: ThoughtLayout, store: ThoughtStore, rows: Tensor):
         super().__init__(layout)
         self.store, self.rows = store, rows
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.store.take_text(self.calls, k[:, :, self.rows], v[:, :, self.rows])
-        return super().attend(q, k, v, **options)
+    def keep(self, *rows: Tensor, width: int | None = None) -> None:
+        self.store.take_text(self.calls, *(x[:, :, self.rows] for x in rows), width=width)
 
 
 class _Decoder:

@@ -79,7 +79,7 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Instead of TRL's function: query [1,H,N,K] to [1,N,H,E]."""
     if tree_kv_index not in _passes:
-        if error := wrong_with_layout(module.config):  # TRL asks for the types of layers alone
+        if error := wrong_with_layout(module.config, in_attention_only=True):  # TRL asks for the types of layers alone
             raise error
         _passes[tree_kv_index] = TreeRowPass(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k, tree_max_seqlen_k)
     return thought_forward(module, query, key, value, attention_mask, thought_layout=_passes[tree_kv_index], **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -21,11 +22,7 @@ _MIXES = "it mixes positions outside attention, in recurrent, convolutional or l
 _NO_POSITIONS = "it takes no position_ids, so thought rows would get wrong positions"
 _BLOCKS = "it selects blocks of keys by row index"
 _REASONS = {
-    _MIXES: (
-        "jamba nemotron_h qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text "
-        "olmo_hybrid recurrent_gemma zamba zamba2 minimax falcon_h1 lfm2 lfm2_moe lfm3 kimi_linear bailing_hybrid zaya "
-        "inkling_text mamba mamba2 falcon_mamba rwkv xlstm bamba granitemoehybrid"
-    ),
+    _MIXES: ("jamba qwen4_exp qwen4_exp_text recurrent_gemma zamba minimax zaya inkling_text mamba falcon_mamba rwkv xlstm"),
     "its attention does not go through transformers' AttentionInterface": (
         "falcon bloom mpt gpt_neo gptj codegen gpt_neox_japanese xglm openai-gpt rembert megatron-bert big_bird mvp trocr git "
         "cpmant roformer reformer prophetnet xlm xlnet"
@@ -52,6 +49,13 @@ REFUSED = {model_type: reason for reason, types in _REASONS.items() for model_ty
 # What configs call layers that mix positions outside attention.
 _MIXING_LAYERS = frozenset(("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"))
 
+# Files of transformers whose recurrent layers take a layout, by recurrent.py, and the model types in them.
+RECURRENT_FILES = [
+    "qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "lfm2", "lfm2_moe", "lfm3",
+    "granitemoehybrid", "nemotron_h", "bamba", "falcon_h1", "zamba2", "mamba2",
+]  # fmt: skip
+RECURRENT = frozenset(RECURRENT_FILES + ["qwen3_5_text", "qwen3_5_moe_text"])
+
 # Model types whose decoder layers are given the layout but don't pass it on to attention.
 DROP_LAYOUT = ("nemotron", "stablelm")
 
@@ -68,9 +72,12 @@ def check_architecture(config: PretrainedConfig) -> None:
         raise ValueError(f"model type {config.model_type!r} cannot think: {reason}")
 
 
-def wrong_with_layout(config: Any) -> ValueError | None:
-    """The error for a model whose numbers would be wrong with a layout; the wrapper refuses more model types."""
-    reason = _reason(config)
+def wrong_with_layout(config: Any, in_attention_only: bool = False) -> ValueError | None:
+    """The error for a model whose numbers would be wrong with a layout; the wrapper refuses more model types.
+
+    ``in_attention_only``: the layout doesn't reach recurrent layers.
+    """
+    reason = _MIXES if in_attention_only and config.model_type in RECURRENT else _reason(config)
     if reason not in (_MIXES, _NO_POSITIONS, _BLOCKS):
         return None
     return ValueError(f"model type {config.model_type!r} cannot think: {reason}")
@@ -78,9 +85,28 @@ def wrong_with_layout(config: Any) -> ValueError | None:
 
 def _reason(config: Any) -> str | None:
     known = REFUSED.get(config.model_type)
-    if known is None and not _MIXING_LAYERS.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ()):
+    if (
+        known is None
+        and config.model_type not in RECURRENT
+        and not _MIXING_LAYERS.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ())
+    ):
         return _MIXES
     return known
+
+
+_convolutions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def convolutions(model: nn.Module) -> int:
+    """How many convolutions over rows a forward has, one in each recurrent layer."""
+    inner = unwrapped(model)
+    if inner.config.model_type not in RECURRENT:
+        return 0
+    if inner not in _convolutions:
+        layers = getattr(inner.config.get_text_config(), "layer_types", None) or ()
+        there = sum(isinstance(module, nn.Conv1d) for module in inner.modules())
+        _convolutions[inner] = max(there, sum(kind in _MIXING_LAYERS for kind in layers))  # kernels may replace modules
+    return _convolutions[inner]
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
-"""Forwards of the decoder over rows of text and thoughts, and what they do at their attention calls.
+"""Forwards of the decoder over rows of text and thoughts, and what they do where rows are mixed.
 
-transformers carries a pass to attention as the keyword ``thought_layout``. Calls are counted instead of reading a layer
-index, because a model may call attention more than once in a layer.
+transformers carries a pass to attention and to recurrent layers as the keyword ``thought_layout``. Calls are counted instead of
+reading a layer index, because a model may make more than one in a layer.
 """
 
 from __future__ import annotations
@@ -14,88 +14,162 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quietstar.hf.architectures import convolutions
 from quietstar.hf.modules import backbone
-from quietstar_kernels import ThoughtLayout, thought_attention, thought_decode
+from quietstar.hf.temporary import (
+    advance_states,
+    anchor_states,
+    conv_step,
+    conv_tails,
+    text_states,
+    thought_conv,
+    thought_delta_decode,
+)
+from quietstar_kernels import DeltaRows, ThoughtLayout, thought_attention, thought_decode, thought_delta
 
 
 class ThoughtPass:
-    """Computes the attention calls of one forward.
+    """Computes what mixes rows in one forward: calls of attention, and of the convolutions and recurrences of hybrid models.
 
     Attributes:
         positions: a bound on position ids: all are smaller.
         stored: what an earlier forward left for each call; None for passes that need nothing.
         calls: how many there were.
+        convolutions: how many of them were convolutions.
     """
 
     def __init__(self, positions: int, stored: Sized | None = None):
-        self.positions, self.stored, self.calls = positions, stored, 0
+        self.positions, self.stored, self.calls, self.convolutions = positions, stored, 0, 0
 
     @property
     def arrived(self) -> bool:
-        """After the forward: whether it made every attention call through this object."""
+        """After the forward: whether it made every call through this object, as far as the calls themselves show."""
         return self.calls > 0 and (self.stored is None or self.calls == len(self.stored))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``."""
         raise NotImplementedError
 
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [B,rows,D], weight [D,W] and bias [D] to [B,rows,D], as ``thought_conv``."""
+        raise NotImplementedError
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        """Arguments and result [B,H,rows,E] of ``thought_delta``."""
+        raise NotImplementedError
+
 
 class PackedPass(ThoughtPass):
     """The differentiable pass: text and all thought rows at once."""
 
-    def __init__(self, layout: ThoughtLayout):
-        super().__init__(layout.L + layout.S)
+    def __init__(self, layout: ThoughtLayout, positions: int | None = None):
+        super().__init__(layout.L + layout.S if positions is None else positions)
         self.layout = layout
 
+    def keep(self, *rows: Tensor, width: int | None = None) -> None:
+        """Called with what the rows of a call leave for later ones: k and v; the fields of ``DeltaRows``; or x [B,1,rows,D] and
+        the ``width`` of a convolution."""
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.keep(k, v)
         self.calls += 1
         return thought_attention(q, k, v, self.layout, **options)
 
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.keep(x[:, None], width=weight.shape[1])
+        self.calls += 1
+        self.convolutions += 1
+        return thought_conv(x, weight, bias, self.layout)
 
-class LeafPass(ThoughtPass):
-    """Only the text, differentiable. ``keys_values`` holds the keys and values of each attention call after the forward."""
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        out, w = thought_delta(q, k, v, g, beta, self.layout)
+        self.keep(k, w, g)
+        self.calls += 1
+        return out
+
+
+class LeafPass(PackedPass):
+    """Only the text, differentiable. ``rows`` holds what its rows leave for later ones, for each call of the forward."""
 
     def __init__(self, layout: ThoughtLayout):
-        super().__init__(layout.L)
-        self.layout = layout.text_only()
+        super().__init__(layout.text_only(), layout.L)
         self.done = False
         self.with_gradients = True
-        self.keys_values: list[tuple[Tensor, Tensor]] = []
+        self.rows: list[tuple[Tensor, ...]] = []
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.calls += 1
+    def keep(self, *rows: Tensor, width: int | None = None) -> None:
         if not self.done:  # checkpointed layers call again in the backward
-            self.keys_values.append((k, v))
+            self.rows.append(rows)
             self.with_gradients &= torch.is_grad_enabled()
-        return thought_attention(q, k, v, self.layout, **options)
 
 
 class ChunkPass(ThoughtPass):
-    """All thought rows of some anchors, differentiable, over the keys and values of an earlier ``LeafPass``."""
+    """All thought rows of some anchors, differentiable, over the ``rows`` of an earlier ``LeafPass``."""
 
-    def __init__(self, layout: ThoughtLayout, keys_values: list[tuple[Tensor, Tensor]]):
-        super().__init__(layout.L + layout.S, keys_values)
-        self.layout, self.keys_values = layout, keys_values
+    def __init__(self, layout: ThoughtLayout, text: list[tuple[Tensor, ...]]):
+        super().__init__(layout.L + layout.S, text)
+        self.layout, self.text = layout, text
+
+    def _of_text(self) -> tuple[Tensor, ...]:
+        self.calls += 1
+        return self.text[self.calls - 1]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        k_text, v_text = self.keys_values[self.calls]
-        self.calls += 1
-        k, v = torch.cat([k_text, k], 2), torch.cat([v_text, v], 2)
+        k, v = (torch.cat(pair, 2) for pair in zip(self._of_text(), (k, v), strict=True))
         return thought_attention(q, k, v, self.layout, query_rows="thoughts", **options)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.convolutions += 1
+        return thought_conv(x, weight, bias, self.layout, self._of_text()[0][:, 0])
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        return thought_delta(q, k, v, g, beta, self.layout, DeltaRows(*self._of_text()))[0]
+
+
+# What the rows of a branch leave for its later ones: as a tuple what each row left, [B,X,C,S,...], or one tensor that every row
+# replaces: the last inputs of a convolution [B,1,C,W-1,D], or the state of a recurrence [B,H,C,K,E].
+Own = Any
+
+
+def as_state(rows: int, K: int, E: int) -> bool:
+    """Whether a recurrence keeps less for a branch of so many rows as a state than as what its rows left."""
+    return rows > 1 and rows * (K + E) > K * E
+
+
+def recur_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, text: DeltaRows, states: Tensor, own: Own,
+    layout: ThoughtLayout, step: Tensor, row: int,
+) -> Tensor:  # fmt: skip
+    """Row ``row`` of all branches, also as a tensor ``step``, which leaves its own in ``own``."""
+    rows = own if isinstance(own, Tensor) else DeltaRows(*own)
+    out, w = thought_delta_decode(q, k, v, g, beta, text, states, rows, layout, step)
+    if not isinstance(own, Tensor):
+        write_row(own, row, k, w, g)
+    return out
+
+
+def write_row(own: Own, row: int, *new: Tensor) -> None:
+    """Write what row ``row`` of all branches leaves, [B,X,C,...]."""
+    for rows, x in zip(own, new, strict=True):
+        rows.select(3, row).copy_(x)  # an assignment would make torch.compile build a graph for each step
 
 
 @dataclass
 class _Entry:
-    """Keys and values of one attention call: text [B,G,L,width], thoughts [B,G,P*N,S,width]."""
+    """What rows left at one call: of the text [B,X,L,...] and of thoughts; the states of a recurrence at chunk starts."""
 
-    k_text: Tensor
-    v_text: Tensor
-    k_own: Tensor
-    v_own: Tensor
+    text: Any
+    width: int | None  # of a convolution
+    states: Any
+    own: Own = ()
+
+    def begin(self, layout: ThoughtLayout, rows: int) -> None:
+        """Start the thoughts of a layout, of at most so many rows."""
+        self.own = own_room(layout, rows, self.text, self.width, self.states)
 
 
 class ThoughtStore:
-    """Keys and values of the text and of each thought's rows so far, for every attention call of a forward.
+    """What the text and each thought's rows so far left for later rows, for every call of a forward that mixes rows.
 
     Args:
         layout: the text and its thoughts.
@@ -117,15 +191,16 @@ class ThoughtStore:
     def grow(self, capacity: int) -> None:
         """Allocate more text positions; every tensor is replaced."""
         self.capacity = capacity
-        for entry in self.entries:
-            entry.k_text, entry.v_text = _padded(entry.k_text, capacity), _padded(entry.v_text, capacity)
         self._set(replace(self.layout.text_only(), lo=_extended(self.layout.lo, capacity)))
+        for entry in self.entries:
+            entry.text = tuple(_padded(x, capacity) for x in entry.text)
+            entry.states = self._states(*entry.text)
 
     def begin(self, layout: ThoughtLayout) -> None:
         """Start new thoughts over the same text; earlier thoughts are discarded."""
         self._set(layout)
         for entry in self.entries:
-            entry.k_own, entry.v_own = self._new_rows(entry.k_text), self._new_rows(entry.v_text)
+            entry.begin(layout, layout.S)
 
     def begin_at(self, anchor: Tensor, length: Tensor, rows: int) -> None:
         """Start new thoughts at one text position, ``anchor`` [1], with ``length`` [B,1,N] rows each, at most ``rows``."""
@@ -134,26 +209,41 @@ class ThoughtStore:
     def keep_as_text(self, place: Tensor) -> None:
         """Turn row 0 of the only thought into text, at position ``place`` int64 [1]."""
         for entry in self.entries:
-            entry.k_text.index_copy_(2, place, entry.k_own[:, :, 0])
-            entry.v_text.index_copy_(2, place, entry.v_own[:, :, 0])
+            new = (entry.own[:, :, :, -1],) if isinstance(entry.own, Tensor) else (x[:, :, 0] for x in entry.own)
+            for text, x in zip(entry.text, new, strict=True):
+                text.index_copy_(2, place, x)
+            if entry.states is not None:
+                advance_states(DeltaRows(*entry.text), entry.states, self.layout.lo, place)
 
-    def take_text(self, call: int, k: Tensor, v: Tensor) -> None:
-        """Store the text's keys and values [B,G,L,width] of an attention call."""
+    def take_text(self, call: int, *rows: Tensor, width: int | None = None) -> None:
+        """Store what the text's rows [B,X,L,...] left at a call; ``width`` of a convolution."""
         if call == len(self.entries):
-            k_text, v_text = (x if self.capacity is None else _padded(x, self.capacity) for x in (k, v))
-            self.entries.append(_Entry(k_text, v_text, self._new_rows(k), self._new_rows(v)))
-        else:
-            self.entries[call].k_text[:, :, : self.text_layout.L].copy_(k)
-            self.entries[call].v_text[:, :, : self.text_layout.L].copy_(v)
+            rows = tuple(x if self.capacity is None else _padded(x, self.capacity) for x in rows)
+            self.entries.append(_Entry(rows, width, self._states(*rows)))
+            self.entries[call].begin(self.layout, self.layout.S)
+            return
+        entry = self.entries[call]  # graphs read the tensors where they are
+        for text, x in zip(entry.text, rows, strict=True):
+            text[:, :, : self.text_layout.L].copy_(x)
+        if entry.states is not None:
+            entry.states.copy_(text_states(DeltaRows(*entry.text), self.layout.lo))
+
+    def _states(self, *text: Tensor) -> Tensor | None:
+        return text_states(DeltaRows(*text), self.layout.lo) if len(text) == len(DeltaRows._fields) else None
 
     def _set(self, layout: ThoughtLayout) -> None:
         self.layout = layout
         self.positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
 
-    def _new_rows(self, text: Tensor) -> Tensor:
-        """Uninitialised thought rows [B,G,P*N,S,width] for a text's [B,G,L,width]."""
-        B, G, _, width = text.shape
-        return text.new_empty((B, G, self.layout.P * self.layout.N, self.layout.S, width))
+
+def own_room(layout: ThoughtLayout, rows: int, text: tuple[Tensor, ...], width: int | None, states: Tensor | None) -> Own:
+    """What branches begin with: room for ``rows`` rows of each, or what the text's rows before them left."""
+    if width is not None:
+        return conv_tails(text[0][:, 0], layout, width)[:, None]
+    if states is not None and as_state(rows, *states.shape[-2:]):
+        return anchor_states(DeltaRows(*text), states, layout)
+    make = Tensor.new_empty if states is None else Tensor.new_zeros  # a recurrence multiplies later rows with zero
+    return tuple(make(x, (*x.shape[:2], layout.P * layout.N, rows, *x.shape[3:])) for x in text)
 
 
 def _extended(lo: Tensor, capacity: int) -> Tensor:
@@ -162,47 +252,66 @@ def _extended(lo: Tensor, capacity: int) -> Tensor:
 
 
 def _padded(x: Tensor, capacity: int) -> Tensor:
-    """A copy of a text's [B,G,L,width] with ``capacity`` positions, zero where there is no token."""
-    wide = x.new_zeros((*x.shape[:2], capacity, x.shape[3]))
+    """A copy of a text's [B,X,L,...] with ``capacity`` positions, zero where there is no token."""
+    wide = x.new_zeros((*x.shape[:2], capacity, *x.shape[3:]))
     wide[:, :, : x.shape[2]] = x
     return wide
 
 
-class TextPass(ThoughtPass):
-    """Only the text; its keys and values go to the store."""
+class TextPass(PackedPass):
+    """Only the text; what its rows leave goes to the store."""
 
     def __init__(self, store: ThoughtStore):
-        super().__init__(store.text_layout.L)
+        super().__init__(store.text_layout, store.text_layout.L)
         self.store = store
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.store.take_text(self.calls, k, v)
-        self.calls += 1
-        return thought_attention(q, k, v, self.store.text_layout, **options)
+    def keep(self, *rows: Tensor, width: int | None = None) -> None:
+        self.store.take_text(self.calls, *rows, width=width)
 
 
 class StepPass(ThoughtPass):
-    """Row ``step`` of all thoughts: writes its keys and values, then reads those of the text and of its thought."""
+    """Row ``step`` of all thoughts: reads what the text and its thought left, and leaves its own there."""
 
     def __init__(self, store: ThoughtStore, step: int):
         super().__init__(store.layout.L + store.layout.S, store.entries)
         self.store, self.step = store, step
         self.now = torch.full((), step, dtype=torch.int32, device=store.layout.device)  # once, for all calls
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        entry = self.store.entries[self.calls]
+    def _entry(self) -> _Entry:
         self.calls += 1
-        entry.k_own.select(3, self.step).copy_(k)  # an assignment would make torch.compile build a graph for each step
-        entry.v_own.select(3, self.step).copy_(v)
-        return thought_decode(q, entry.k_text, entry.v_text, entry.k_own, entry.v_own, self.store.layout, self.now, **options)
+        return self.store.entries[self.calls - 1]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        entry = self._entry()
+        write_row(entry.own, self.step, k, v)
+        (k_text, v_text), (k_own, v_own) = entry.text, entry.own
+        return thought_decode(q, k_text, v_text, k_own, v_own, self.store.layout, self.now, **options)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.convolutions += 1
+        return conv_step(x, self._entry().own[:, 0], weight, bias)
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        entry = self._entry()
+        text = DeltaRows(*entry.text)
+        return recur_step(q, k, v, g, beta, text, entry.states, entry.own, self.store.layout, self.now, self.step)
 
 
 class _OwnRow(ThoughtPass):
-    """Rows that see only themselves."""
+    """Rows that see only themselves, for a result that nobody reads."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.calls += 1
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.calls += 1
+        self.convolutions += 1
+        return x * weight[:, -1]
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        self.calls += 1
+        return v
 
 
 def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
@@ -215,10 +324,10 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
     ).last_hidden_state
-    if not thought_pass.arrived:  # the numbers would be silently wrong
+    if not thought_pass.arrived or thought_pass.convolutions != convolutions(model):  # the numbers would be silently wrong
         raise ValueError(
-            f"{type(model).__name__}: the thought layout did not reach every attention call, so this model cannot think; "
-            "its layers drop keyword arguments or do not use transformers' AttentionInterface"
+            f"{type(model).__name__}: the thought layout did not reach every layer that mixes rows, so this model can't think; "
+            "its layers drop keyword arguments, do not use transformers' AttentionInterface, or run a kernel for a whole layer"
         )
     return hidden[:, :rows]
 

@@ -34,7 +34,7 @@ def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Pred
         raise ValueError("anchor_chunk needs gradient checkpointing with use_reentrant=False, got use_reentrant=True")
     nll_base = -thinker.lm_head.logprob(text[:, :-1], inputs.targets.base)
     parts = [
-        checkpoint(_predict_chunk, thinker, inputs.select(places), text, text_pass.keys_values, use_reentrant=False)
+        checkpoint(_predict_chunk, thinker, inputs.select(places), text, text_pass.rows, use_reentrant=False)
         for places in inputs.layout.chunks(size)
     ]
     predicted = Predictions(text, nll_base, *(torch.cat(column, 1) for column in zip(*parts, strict=True)))
@@ -46,13 +46,13 @@ def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Pred
 
 
 def _predict_chunk(
-    thinker: Thinker, inputs: PackedInputs, text: Tensor, keys_values: list[tuple[Tensor, Tensor]]
+    thinker: Thinker, inputs: PackedInputs, text: Tensor, text_rows: list[tuple[Tensor, ...]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll_compared, nll_mix, weight and logprob of one chunk, given the text."""
     layout, rows, targets = inputs.layout, thinker.rows(*inputs[:4]), inputs.targets.mix
     with layer_checkpoints_off(thinker.model):
         positions = rows.layout.position_ids()[:, layout.L :]
-        hidden = decode_rows(thinker.model, rows.embeds, positions, ChunkPass(rows.layout, keys_values))
+        hidden = decode_rows(thinker.model, rows.embeds, positions, ChunkPass(rows.layout, text_rows))
     h_base, ahead = thinker.base_states(layout, text), rows.ahead(hidden)
     mixture = thinker.mix(h_base[:, :, None], ahead)
     compared, nll_mix = thinker.mixed_nll(mixture, targets, h_base.detach(), targets[:, :, 0])

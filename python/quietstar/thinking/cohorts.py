@@ -1,11 +1,12 @@
 """Sampling of thoughts that end themselves: only live thoughts hold memory, and a freed slot goes to the next anchor.
 
-Thoughts that begin together form a cohort, which keeps their keys and values. A forward runs the next row of all cohorts; only
-attention is computed cohort by cohort, since their rows have different numbers.
+Thoughts that begin together form a cohort, which keeps what their rows left. A forward runs the next row of all cohorts; only
+what mixes rows is computed cohort by cohort, since their rows have different numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.decoder import LeafPass, ThoughtPass, decode_rows
+from quietstar.hf.decoder import LeafPass, Own, ThoughtPass, decode_rows, own_room, recur_step, write_row
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
+from quietstar.hf.temporary import conv_step, text_states
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Thoughts, on_device
 from quietstar.thinking.text_thoughts import Marks
-from quietstar_kernels import ThoughtLayout, thought_decode
+from quietstar_kernels import DeltaRows, ThoughtLayout, thought_decode
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
 NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
@@ -43,33 +45,30 @@ class Cohort:
         self.token = torch.full_like(place, marks.start[0])
         self.recent = torch.full((*place.shape, len(marks.end)), -1, dtype=torch.int64, device=place.device)
         self.row, self._lo, self._most, self._rows = 0, lo, most, min(FIRST_ROWS, most)
-        self._own: list[tuple[Tensor, Tensor]] = []  # keys and values [B,G,C,rows,width] of each attention call
+        self._own: list[Own] = []  # of each call
         self._lay_out()
 
     def _lay_out(self) -> None:
         length = torch.where(self.anchor >= 0, self._most, 0).int().clamp(max=self._rows)
         self.layout = ThoughtLayout(self.anchor, self._lo, length[..., None], self._rows)
 
-    def attend(self, call: int, q: Tensor, k: Tensor, v: Tensor, text: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+    def own(self, call: int, text: tuple[Tensor, ...], width: int | None = None, states: Tensor | None = None) -> Own:
+        """What its rows left at a call; ``text`` is what the text's did."""
         if call == len(self._own):
-            self._own.append((self._room(k), self._room(v)))
-        for own, new in zip(self._own[call], (k, v), strict=True):
-            own.select(3, self.row).copy_(new)
-        return thought_decode(q, *text, *self._own[call], self.layout, self.row, **options)
-
-    def _room(self, x: Tensor) -> Tensor:
-        return x.new_empty((*x.shape[:3], self._rows, x.shape[3]))
+            rows = self._rows if width is None and states is None else self._most
+            self._own.append(own_room(self.layout, rows, text, width, states))
+        return self._own[call]
 
     def advance(self) -> None:
         """Count a row; make room for the next."""
         self.row += 1
         if self.row == self._rows < self._most:
             self._rows = min(2 * self._rows, self._most)
-            self._own = [(self._longer(k), self._longer(v)) for k, v in self._own]
+            self._own = [own if isinstance(own, Tensor) else tuple(map(self._longer, own)) for own in self._own]
             self._lay_out()
 
     def _longer(self, x: Tensor) -> Tensor:
-        longer = x.new_empty((*x.shape[:3], self._rows, x.shape[4]))
+        longer = x.new_zeros((*x.shape[:3], self._rows, *x.shape[4:]))
         longer[:, :, :, : x.shape[3]] = x
         return longer
 
@@ -86,23 +85,60 @@ class Cohort:
         def of(x: Tensor) -> Tensor:
             return torch.stack([x[b].index_select(1, order[b]) for b in range(len(x))])
 
-        self._own = [(of(k), of(v)) for k, v in self._own]
+        self._own = [of(own) if isinstance(own, Tensor) else tuple(map(of, own)) for own in self._own]
         self._lay_out()
+
+
+class TextRows:
+    """What the text's rows left at each call, and the states of its recurrences, found once."""
+
+    def __init__(self, rows: list[tuple[Tensor, ...]], lo: Tensor):
+        self.rows: list[Any] = rows
+        self._lo = lo
+        self._states: dict[int, Tensor] = {}
+
+    def states(self, call: int) -> Tensor:
+        if call not in self._states:
+            self._states[call] = text_states(DeltaRows(*self.rows[call]), self._lo)
+        return self._states[call]
 
 
 class CohortsPass(ThoughtPass):
     """The next row of all cohorts, side by side."""
 
-    def __init__(self, text: list[tuple[Tensor, Tensor]], cohorts: list[Cohort], positions: int):
-        super().__init__(positions, text)
+    def __init__(self, text: TextRows, cohorts: list[Cohort], positions: int):
+        super().__init__(positions, text.rows)
         self.text, self.cohorts = text, cohorts
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _parts(self, dim: int, *tensors: Tensor | None) -> Iterator[Any]:
+        """Each cohort with its part of the tensors."""
         widths = [cohort.place.shape[1] for cohort in self.cohorts]
-        parts = zip(self.cohorts, *(x.split(widths, 2) for x in (q, k, v)), strict=True)
-        text = self.text[self.calls]
-        out = [cohort.attend(self.calls, *rows, text, **options) for cohort, *rows in parts]
+        parts = ([None] * len(widths) if x is None else x.split(widths, dim) for x in tensors)
+        yield from zip(self.cohorts, *parts, strict=True)
         self.calls += 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        out, text = [], self.text.rows[self.calls]
+        for cohort, q_c, k_c, v_c in self._parts(2, q, k, v):
+            own = cohort.own(self.calls, text)
+            write_row(own, cohort.row, k_c, v_c)
+            (k_text, v_text), (k_own, v_own) = text, own
+            out.append(thought_decode(q_c, k_text, v_text, k_own, v_own, cohort.layout, cohort.row, **options))
+        return torch.cat(out, 2)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.convolutions += 1
+        text, width = self.text.rows[self.calls], weight.shape[1]
+        parts = self._parts(1, x)
+        return torch.cat([conv_step(x_c, c.own(self.calls, text, width)[:, 0], weight, bias) for c, x_c in parts], 1)
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        out, text, states = [], self.text.rows[self.calls], self.text.states(self.calls)
+        for cohort, q_c, k_c, v_c, g_c, beta_c in self._parts(2, q, k, v, g, beta):
+            own = cohort.own(self.calls, text, states=states)
+            step = torch.full((), cohort.row, dtype=torch.int32, device=q.device)
+            rows = q_c, k_c, v_c, g_c, beta_c
+            out.append(recur_step(*rows, DeltaRows(*text), states, own, cohort.layout, step, cohort.row))
         return torch.cat(out, 2)
 
 
@@ -141,7 +177,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
         decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), leaf)
         position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
         counted = N, T, texts.sequence_ids, position, positions, on_device(seed, device)
-        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, leaf.keys_values)
+        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, TextRows(leaf.rows, layout.lo))
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
@@ -179,7 +215,7 @@ class _Rollout:
     positions: int  # more than any
     seed: Tensor
     temperature: float
-    text: list[tuple[Tensor, Tensor]]  # keys and values of each attention call
+    text: TextRows
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""

@@ -1,0 +1,162 @@
+"""Recurrent layers of hybrid models: what transformers' functions for them do in a forward with a layout.
+
+A layer of transformers calls its convolution and its recurrence as functions of its file, and hands keyword arguments on to
+them, ``thought_layout`` too. They would drop it without a word. So they are replaced, once in each file: now where it has been
+imported, else when it is. A call without a layout is passed on as it came.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers.activations import ACT2FN
+
+from quietstar.hf.architectures import RECURRENT_FILES, convolutions
+from quietstar.hf.decoder import PackedPass, ThoughtPass
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import refusal
+
+
+def _convolution(
+    thought_pass: ThoughtPass, hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    **_: Any,
+) -> Tensor:  # fmt: skip
+    """hidden_states [B,D,rows], weight [D,W]."""
+    out = thought_pass.convolve(hidden_states.transpose(1, 2).to(weight.dtype), weight, bias).transpose(1, 2)
+    return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
+
+
+def _delta_rule(
+    thought_pass: ThoughtPass, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor,
+    initial_state: Tensor | None = None, use_qk_l2norm_in_kernel: bool = False, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """query and key [B,rows,G,K], value [B,rows,H,E], beta [B,rows,H], g too, or [B,rows,H,K]."""
+    _refuse_cache(initial_state)
+    q, k = (_wide(x).transpose(1, 2) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    out = thought_pass.recur(q, k, *(x.transpose(1, 2) for x in (value, g, beta)))
+    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def _mamba_scan(
+    thought_pass: ThoughtPass, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
+    D: Tensor | None = None, dt_bias: Tensor | None = None, initial_states: Tensor | None = None, dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")), **_: Any,
+) -> Tensor:  # fmt: skip
+    """hidden_states [B,rows,H,E], dt [B,rows,H], A [H], B and C [B,rows,G,K], D [H]: Mamba-2 (arXiv 2405.21060)."""
+    _refuse_cache(initial_states)
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = _wide(softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    x = _wide(hidden_states)
+    v = (x * dt[..., None]).transpose(1, 2)
+    q, k = (_wide(y).transpose(1, 2) for y in (C, B))
+    out = thought_pass.recur(q, k, v, (dt * A.to(dt.dtype)).transpose(1, 2), None).transpose(1, 2)
+    return (out if D is None else out + D[:, None] * x).contiguous()
+
+
+def _fused_mamba(thought_pass: ThoughtPass, *_: Any, **__: Any) -> None:
+    """A layer runs its parts where the kernel for all of them returns nothing."""
+
+
+def _lost(_: ThoughtPass, model: nn.Module, *__: Any, **___: Any) -> None:
+    raise ValueError(
+        f"{type(model).__name__} doesn't hand thought_layout on: give it to model.backbone, and call the head yourself"
+    )
+
+
+def _cached_step(thought_pass: ThoughtPass, *_: Any, **__: Any) -> None:
+    _refuse_cache(True)
+
+
+# By the name that a file has for it.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "torch_recurrent_gated_delta_rule": _cached_step,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "recurrent_kimi_delta_attention": _cached_step,
+    "mamba2_chunk_scan": _mamba_scan,
+    "mamba2_selective_state_update": _cached_step,
+    "mamba2_split_conv1d_scan_combined": _fused_mamba,
+}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _refuse_cache(state: Any) -> None:
+    if state is not None:
+        raise ValueError("with a thought layout there can be no cache: leave out past_key_values and set use_cache=False")
+
+
+def _with_layouts(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def function(*args: Any, thought_layout: Any = None, **kwargs: Any) -> Any:
+        if thought_layout is None:
+            return original(*args, **kwargs)
+        if any(kwargs.get(name) is not None for name in ("cu_seqlens", "seq_idx")):
+            raise ValueError("with a thought layout there can be no cu_seqlens or seq_idx: documents are in the layout")
+        thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
+        if not isinstance(thought_pass, ThoughtPass):
+            raise refusal("thought_layout", "a ThoughtLayout", thought_layout)
+        return ours(thought_pass, *args, **kwargs)
+
+    return function
+
+
+def take_layouts(file: ModuleType) -> None:
+    """Replace the functions of one of transformers' files."""
+    for name, ours in _FUNCTIONS.items():
+        if original := getattr(file, name, None):
+            setattr(file, name, _with_layouts(original, ours))
+    if head := getattr(file, "Mamba2ForCausalLM", None):
+        head.forward = _with_layouts(head.forward, _lost)
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raises ValueError if a recurrent layer, which has a convolution, would not call its file's functions with a layout."""
+    layers = [module for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in module.children())]
+    for layer in layers:
+        forward = vars(layer).get("_old_forward", vars(layer).get("forward"))  # the former is that of accelerate's hooks
+        if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:
+            raise ValueError(f"{type(layer).__name__}: something else runs the layer, and no layout: leave out use_kernels")
+    if len(layers) != convolutions(model):
+        raise ValueError(f"{type(model).__name__}: a kernel replaces its recurrent layers, and takes no layout")
+
+
+class _WhenImported(MetaPathFinder):
+    def __init__(self, names: set[str]):
+        self.names = names
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        if name not in self.names:
+            return None
+        self.names.remove(name)  # the search below comes here again
+        spec: Any = importlib.util.find_spec(name)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(file: ModuleType) -> None:
+                execute(file)
+                take_layouts(file)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+_names = {f"transformers.models.{name}.modeling_{name}" for name in RECURRENT_FILES}
+for _name in _names & sys.modules.keys():
+    take_layouts(sys.modules[_name])
+sys.meta_path.insert(0, _WhenImported(_names - sys.modules.keys()))
