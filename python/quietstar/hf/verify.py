@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.hf import adapters
-from quietstar.hf.architectures import check_model
+from quietstar.hf.architectures import check_model, convolutions
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import PackedPass, TextPass, ThoughtStore, decode_rows, decode_step
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import backbone, device_of, dropout_off, embeddings, not_finite, unwrapped
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.delta import CHUNK
 
 _TEXT, _ROWS, _THOUGHTS = 12, 4, 2
+_LONGER = CHUNK + 8  # crosses a chunk of recurrent layers
 _TEXTS = 3  # on a single one, rounding may choose another expert
 _DRAWS = 4
 _verified: set[tuple[type, torch.dtype]] = set()
@@ -56,7 +58,7 @@ class VerifyReport:
 
 @torch.no_grad()
 def verify(model: PreTrainedModel) -> VerifyReport:
-    """Compare packed and stepwise forwards of ``model`` with ordinary ones, on a text of 12 random tokens.
+    """Compare packed and stepwise forwards of ``model`` with ordinary ones, on a text of 12 random tokens, or 40 for hybrids.
 
     Where they differ, two more texts are tried. Windows and chunks longer than this text are not tested.
 
@@ -104,9 +106,10 @@ def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
     embed = embeddings(model)
     device, V = device_of(model), embed.num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    text_ids = torch.randint(V, (1, _TEXT), generator=generator).to(device)
-    anchors = torch.tensor([[0, _TEXT // 2, _TEXT - 1]], device=device)
-    layout = ThoughtLayout.at(anchors, _THOUGHTS, _ROWS, text_length=_TEXT)
+    L = _LONGER if convolutions(model) else _TEXT
+    text_ids = torch.randint(V, (1, L), generator=generator).to(device)
+    anchors = torch.tensor([[0, L // 2, L - 1]], device=device)
+    layout = ThoughtLayout.at(anchors, _THOUGHTS, _ROWS, text_length=L)
     thought_ids = torch.randint(V, (1, layout.P, _THOUGHTS, _ROWS), generator=generator).to(device)
 
     packed_ids = torch.cat([text_ids, thought_ids.flatten(1)], 1)
@@ -119,10 +122,10 @@ def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
     unit = _distance(drawn, truth).amax(0).clamp(min=torch.finfo(torch.float32).tiny)  # [M]
     if not bool(truth.isfinite().all() and unit.isfinite().all()):
         raise not_finite(model, "on random tokens")
-    difference, steps = _distance(packed, truth)[0] / unit, _distance(stepwise, truth[:, _TEXT:])[0] / unit[_TEXT:]
+    difference, steps = _distance(packed, truth)[0] / unit, _distance(stepwise, truth[:, L:])[0] / unit[L:]
     return VerifyReport(
-        text=float(difference[:_TEXT].max()),
-        thoughts=float(difference[_TEXT:].max()),
+        text=float(difference[:L].max()),
+        thoughts=float(difference[L:].max()),
         stepwise=float(steps.max()),
         bound=16 if truth.dtype in (torch.float32, torch.float64) else 2,  # sharded weights may be of another
     )

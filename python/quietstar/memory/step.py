@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from quietstar.config import ThoughtConfig
 from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
-from quietstar.hf.decoder import ThoughtPass, decode_rows
+from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import embeddings
+from quietstar.hf.temporary import text_states
+from quietstar_kernels import DeltaRows, ThoughtLayout
 from quietstar_kernels.linear_logprob import GPU_PART, default_keep_bytes
 
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
@@ -43,7 +45,7 @@ class StepMemory:
         mixing: the mixing head, the mixed states and the inputs of the LM head.
         head_on_cpu: the logits that the LM head keeps, a chunk of logits, and the head's gradient while it is accumulated.
         head_on_gpu: the same on a GPU, where the head may keep more, and its backward takes more with more rows.
-        rollout: keys and values of the text and of T rows of each thought, and weights that are gathered for them alone.
+        rollout: keys and values of the text and of T rows of each thought, states, and weights that are gathered for them alone.
         largest: the largest trained weight.
         gpu_bytes: the memory of the GPU.
     """
@@ -176,13 +178,15 @@ def step_memory(
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
         sizes = [x.numel() for x in model.parameters()]
+        anchors = torch.arange(places).expand(B, -1)
+        layout = ThoughtLayout.at(anchors, N, thoughts.rows, L)
         try:
-            kept, keys_values = _decoder(model, B, rows)
+            kept, keys_values, states = _decoder(model, layout)
         except RuntimeError as error:  # some experts read values
             what = f"the memory of a step can't be estimated for model type {config.model_type!r}"
             raise ValueError(f"{what}: {error}") from error
         V, D = model.get_output_embeddings().weight.shape
-    kept, keys_values = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values))
+    kept, keys_values, states = (x * dtype.itemsize // faked.itemsize for x in (kept, keys_values, states))
 
     P = places if anchor_chunk is None else min(anchor_chunk, places)  # of one chunk
     layers, half = text_config.num_hidden_layers, dtype.itemsize < 4
@@ -213,7 +217,7 @@ def step_memory(
         mixing=mixing + head_inputs,
         head_on_cpu=head_on_cpu(calls, V, D, dtype, head),
         head_on_gpu=head_on_gpu(calls, V, D, dtype, gpu_bytes, head),
-        rollout=B * (L + P * N * T) * keys_values,
+        rollout=B * ((L + P * N * T) * keys_values + states),
         largest=max(max(sizes) * dtype.itemsize, 4 * 2 * D * D),
         gpu_bytes=gpu_bytes,
     )
@@ -229,19 +233,25 @@ class _KeepNothing(torch.autograd.Function):
         return out
 
 
-class _SizesOnly(ThoughtPass):
-    """Counts the bytes of a row's keys and values over all attention calls."""
+class _SizesOnly(PackedPass):
+    """Counts the bytes of what a row leaves for later ones, over all calls, and of a text's states in recurrent layers."""
 
-    keys_values = 0
+    keys_values = states = 0
+
+    def keep(self, *rows: Tensor, width: int | None = None) -> None:
+        self.keys_values += sum(x[0, :, 0].numel() * x.element_size() for x in rows)
+        if len(rows) == len(DeltaRows._fields):
+            found = text_states(DeltaRows(*(x[:1, :, : self.layout.L] for x in rows)), self.layout.lo[:1])
+            self.states += found.numel() * found.element_size()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.keep(k, v)
         self.calls += 1
-        self.keys_values += sum(x[0, :, 0].numel() * x.element_size() for x in (k, v))
         return _KeepNothing.apply(q, k, v)
 
 
-def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, int]:
-    """Bytes that autograd keeps in a forward over [batch_size, rows], and bytes of a row's keys and values."""
+def _decoder(model: PreTrainedModel, layout: ThoughtLayout) -> tuple[int, int, int]:
+    """Bytes that autograd keeps in a forward over a layout, of what a row leaves for later ones, and of a text's states."""
     weights = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -251,11 +261,11 @@ def _decoder(model: PreTrainedModel, batch_size: int, rows: int) -> tuple[int, i
             kept[storage._cdata] = storage  # a reference, so that its address is not reused
         return x
 
-    sizes = _SizesOnly(0)
-    ids = torch.zeros(batch_size, rows, dtype=torch.int64)
+    sizes = _SizesOnly(layout)
+    ids = torch.zeros(layout.B, layout.M, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         decode_rows(model.train(), embeddings(model)(ids), ids, sizes)
-    return sum(storage.nbytes() for storage in kept.values()), sizes.keys_values
+    return sum(storage.nbytes() for storage in kept.values()), sizes.keys_values, sizes.states
 
 
 def memory_table(memory: StepMemory, libraries: int, checkpointing: bool = False) -> str:
