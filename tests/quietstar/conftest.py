@@ -13,6 +13,8 @@ logging.disable_progress_bar()  # of transformers, whose saves show one; what ou
 SMALL = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GATED_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1, "num_local_experts": 0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # A window of 7 is crossed by the texts of these tests, inside the text and inside thoughts.
 ARCHITECTURES = {
@@ -31,6 +33,9 @@ ARCHITECTURES = {
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "phi": {},
+    "qwen3_5_text": GATED_DELTA | {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 96},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }
 
 
@@ -46,7 +51,7 @@ def make_model(name, seed=0, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.15)
+                parameter.normal_(0, 0.5 if parameter.shape[1] == 1 else 0.15)  # convolutions have few weights
     return model.eval()
 
 
