@@ -26,6 +26,7 @@ from .parallel import gather_text, text_attention, vocab_parallel_logprob
 from .sample_thoughts import sample_thoughts
 from .sample_token import sample_token
 from .thought_attention import thought_attention
+from .thought_conv import thought_conv, thought_conv_decode
 from .thought_decode import thought_decode
 from .thought_delta import DeltaRows, thought_delta
 
@@ -46,6 +47,8 @@ __all__ = [
     "sample_token",
     "text_attention",
     "thought_attention",
+    "thought_conv",
+    "thought_conv_decode",
     "thought_decode",
     "thought_delta",
     "vocab_parallel_logprob",
