@@ -26,7 +26,7 @@ from .parallel import gather_text, text_attention, vocab_parallel_logprob
 from .sample_thoughts import sample_thoughts
 from .sample_token import sample_token
 from .thought_attention import thought_attention
-from .thought_conv import thought_conv, thought_conv_decode
+from .thought_conv import conv_tails, thought_conv, thought_conv_decode
 from .thought_decode import thought_decode
 from .thought_delta import DeltaRows, thought_delta
 
@@ -38,6 +38,7 @@ __all__ = [
     "DeltaRows",
     "ThoughtLayout",
     "backends",
+    "conv_tails",
     "cpu_library",
     "cuda_library",
     "gather_text",

@@ -15,10 +15,9 @@ from torch.nn.functional import pad
 
 from ._operator import call, operator
 from .branches import LENGTH, START
-from .checks import FLOATS, INTEGERS, Checker, check_instance, on_host, under_autocast
+from .checks import FLOATS, Checker, check_instance, under_autocast
 from .layout import ThoughtLayout
 from .reference import wide
-from .thought_decode import check_parents
 from .thought_delta import check_recurrent
 
 _OP = "thought_conv"
@@ -56,44 +55,44 @@ def thought_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Thought
     return call(_forward, x, weight, bias, text, *table)
 
 
-def thought_conv_decode(
-    x: Tensor, text: Tensor, own: Tensor, weight: Tensor, bias: Tensor | None, layout: ThoughtLayout, step: int | Tensor
-) -> Tensor:
-    """Row ``step`` of all P*N thoughts at once, as ``thought_conv`` would compute it; of all C branches if packed.
-
-    It has no derivative: asking for one raises NotImplementedError.
+def conv_tails(x: Tensor, layout: ThoughtLayout, width: int) -> Tensor:
+    """What a convolution of this width W takes for the first row of each branch, from the W-1 rows before it: [B,C,W-1,D].
 
     Args:
-        x: [B,P*N,D], thought (p, n) at p*N + n.
-        text: [B,L,D], the text's rows.
-        own: [B,P*N,S,D], the thoughts' rows, of which those before ``step`` must be written; others are not read. If the layout
-            is packed, S is any number of rows. In a ``tree`` it holds all rows of each parent, and they must be written.
-        weight, bias, layout: as in ``thought_conv``.
-        step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device.
+        x: the text's rows [B,L,D]; for a tree, all rows [B,M,D]. The rows before a document's first are 0.
+        layout: as in ``thought_conv``.
+        width: W.
+    """
+    before = layout.table(f"tails {width}", lambda layout: _paths(layout, width)[1].flip(2))
+    row = pad(x, (0, 0, 0, 1)).gather(1, before.clamp(min=0).flatten(1)[..., None].expand(-1, -1, x.shape[2]))
+    return row.view(*before.shape, x.shape[2]).where((before >= 0)[..., None], 0)
+
+
+def thought_conv_decode(x: Tensor, tails: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The next row of all branches, as ``thought_conv`` would compute it; no gradient.
+
+    Args:
+        x: [B,C,D].
+        tails: [B,C,W-1,D], the rows before it, from ``conv_tails`` or the step before; changed to those before the next one.
+        weight, bias: as in ``thought_conv``.
 
     Returns:
-        [B,P*N,D] in x's dtype; 0 for a thought whose row ``step`` is off.
+        [B,C,D] in x's dtype.
 
     Raises:
-        ValueError: as ``thought_conv``, and a step out of range.
+        ValueError: an argument with the wrong shape, dtype or device.
     """
-    op = "thought_conv_decode"
-    check_instance(op, "layout", layout, ThoughtLayout)
-    x, text, own, weight, bias = under_autocast(x, text, own, weight, bias)
-    check = Checker(op, B=layout.B, L=layout.L, **{"P*N": layout.P * layout.N})
-    if layout.packed_rows is None:
-        check.sizes["S"] = layout.S
-    check.tensor("x", x, "B,P*N,D", FLOATS, layout.device, "layout")
-    check.tensor("own", own, "B,P*N,S,D", (x.dtype,), layout.device, "x")
-    _check_others(check, x, weight, bias, text)
-    taps, most = check["W"], check["S"] - 1
-    check_parents(check, layout, "own")
-    if isinstance(step, Tensor):
-        check.tensor("step", step, "", INTEGERS, layout.device, "layout")
-    else:
-        step = torch.full((), check.integer("step", step, 0, most, f"from 0 to S-1={most}"), device=layout.device)
-    before = layout.table(f"{op} {taps}", partial(_before, taps=taps))
-    return call(_decode, x, text, own, weight, bias, *before, layout.branches.table, step)
+    check = Checker("thought_conv_decode")
+    check.tensor("x", x, "B,C,D", FLOATS)
+    _check_others(check, x, weight, bias, None)
+    check.sizes["W-1"] = check["W"] - 1
+    check.tensor("tails", tails, "B,C,W-1,D", (x.dtype,), x.device, "x")
+    by_place = _by_place(weight)
+    total = wide(x) * by_place[0]
+    for taken, row in zip(by_place[1:], tails.flip(2).unbind(2), strict=True):
+        total.addcmul_(wide(row), taken)
+    tails.copy_(torch.cat([tails, x[:, :, None]], 2)[:, :, 1:])
+    return (total if bias is None else total + bias).to(x.dtype)
 
 
 def _check_others(check: Checker, x: Tensor, weight: Tensor, bias: Tensor | None, text: Tensor | None) -> None:
@@ -146,14 +145,6 @@ def _table(layout: ThoughtLayout, taps: int, given: bool) -> _Table:
     above = (above + batch * M).where(above >= 0, -1)
     tails = (tails + (batch * M)[..., None]).where(tails >= 0, -1)
     return _Table(above[:, :, skip:].flatten(1), below[:, :, skip:].flatten(1), heads.flatten(0, 1), tails.flatten(0, 1))
-
-
-def _before(layout: ThoughtLayout, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 [B,C,W-1]: the row 1 to W-1 before each branch, -1 for none; its branch, and which row of that it is."""
-    _, tails = _paths(layout, taps)
-    r = (tails - layout.L).clamp(min=0).flatten(1)
-    branch, place = (pad(x.long(), (0, 1)).gather(1, r) for x in (layout.branches.of_row, layout.branches.row_in_branch()))
-    return tails, branch.view_as(tails), place.view_as(tails)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -255,33 +246,5 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     return *(y if needed else None for y, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
 
 
-def _thought_conv_decode(
-    x: Tensor, text: Tensor, own: Tensor, weight: Tensor, bias: Tensor | None,
-    tails: Tensor, branch: Tensor, place: Tensor, table: Tensor, step: Tensor,
-) -> Tensor:  # fmt: skip
-    B, C, S, _ = own.shape
-    if on_host(step):  # a tensor's value, which torch.compile doesn't know before
-        Checker("thought_conv_decode").integer("step", int(step), 0, S - 1, f"from 0 to S-1={S - 1}")
-    by_place, batch, c = _by_place(weight), torch.arange(B, device=x.device)[:, None], torch.arange(C, device=x.device)
-    total = wide(x) * by_place[0]
-    for i in range(1, len(by_place)):
-        inside = (step >= i).expand(B, C)
-        before = (i - 1 - step).clamp(min=0).expand(B, C, 1).long()
-        tail, other, row = (y.gather(2, before)[..., 0] for y in (tails, branch, place))
-        taken = own[batch, c.where(inside, other), (step - i).where(inside, row).clamp(max=S - 1)]
-        if text.shape[1]:
-            outside = ~inside & (tail < text.shape[1])
-            taken = text[batch, tail.clamp(0, text.shape[1] - 1)].where(outside[..., None], taken)
-        total.addcmul_(wide(taken).where((inside | (tail >= 0))[..., None], 0), by_place[i])
-    if bias is not None:
-        total += bias
-    return total.where((step < table[..., LENGTH])[..., None], 0).to(x.dtype)
-
-
-def _no_derivative(ctx: Any, grad: Tensor) -> tuple:
-    raise NotImplementedError("thought_conv_decode has no derivative: thought_conv has one, in reverse mode")
-
-
 _backward = operator(_thought_conv_backward, _fake_backward, instead="conv1d has one")
 _forward = operator(_thought_conv, _fake, _setup_context, _autograd, instead="conv1d has one")
-_decode = operator(_thought_conv_decode, _fake, None, _no_derivative, instead="thought_conv has one, in reverse mode")

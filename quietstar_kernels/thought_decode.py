@@ -77,7 +77,9 @@ def thought_decode(
     check_attention(check, "k_text", "v_text", sinks, device)
     check.last_strides_one(q=q, k_text=k_text, v_text=v_text, k_own=k_own, v_own=v_own)
     S = check["S"]
-    check_parents(check, layout, "k_own")
+    if layout.parent is not None:
+        above = layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long())
+        refuse_where((layout.parent >= 0) & (above > S), f"{_OP}: k_own must hold all rows of a node with children, got S={S}")
     if isinstance(step, Tensor):
         check.tensor("step", step, "", INTEGERS, device, "layout")
     else:
@@ -103,14 +105,6 @@ def thought_decode(
         softcap,
         _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
-
-
-def check_parents(check: Checker, layout: ThoughtLayout, name: str) -> None:
-    """Raises ValueError if a node of a tree has children and more than the S rows of the argument of that name."""
-    if layout.parent is not None:
-        S, above = check["S"], layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long())
-        message = f"{check.op}: {name} must hold all rows of a node with children, got S={S}"
-        refuse_where((layout.parent >= 0) & (above > S), message)
 
 
 def _thought_decode(

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout, thought_conv, thought_conv_decode
+from quietstar_kernels import ThoughtLayout, conv_tails, thought_conv, thought_conv_decode
 from quietstar_kernels.testing import random_layout
 from tests.kernels.drawn import normal, pick, seeded
 from tests.kernels.test_trees import random_tree
@@ -91,14 +91,11 @@ def test_steps_equal_the_packed_pass(seed):
     rows = (layout.L + start[..., None] + s).clamp(max=max(layout.M - 1, 0))  # [B,C,S]
     batch = torch.arange(layout.B)[:, None, None]
     own = x[batch, rows].masked_fill((s >= length[..., None])[..., None], torch.nan)
+    tails = conv_tails(x if layout.parent is not None else x[:, : layout.L], layout, weight.shape[1])
     for step in range(S):
-        written = own.clone()
-        if layout.parent is None:
-            written[:, :, step:] = torch.nan
-        at = torch.tensor(step) if step % 2 else step
-        got = thought_conv_decode(own[:, :, step], x[:, : layout.L], written, weight, bias, layout, at)
-        expected = want[batch, rows][:, :, step].where((step < length)[..., None], 0)
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        got = thought_conv_decode(own[:, :, step], tails, weight, bias)
+        on = step < length
+        torch.testing.assert_close(got[on], want[batch, rows][:, :, step][on], rtol=0, atol=1e-12)
 
 
 def test_gradcheck():
@@ -187,11 +184,5 @@ def test_refusals():
         thought_conv(x, weight[:, :0], bias, layout)
     with pytest.raises(ValueError, match="x must have shape"):
         thought_conv(x, weight, bias, layout, x[:, :3])
-    rows = x[:, 3:].unflatten(1, (3, 2))
-    with pytest.raises(ValueError, match="step must be from 0 to S-1=1"):
-        thought_conv_decode(rows[:, :, 0], x[:, :3], rows, weight, bias, layout, 2)
-    with pytest.raises(NotImplementedError, match="thought_conv_decode has no derivative"):
-        thought_conv_decode(rows[:, :, 0], x[:, :3], rows, weight, bias, layout, 1).sum().backward()
-    tree = ThoughtLayout.tree(*torch.tensor([[[0, -1]], [[-1, 0]], [[3, 1]]]), text_length=3)
-    with pytest.raises(ValueError, match="own must hold all rows of a node with children"):
-        thought_conv_decode(rows[:, :2, 0], x[:, :3], rows[:, :2], weight, bias, tree, 0)
+    with pytest.raises(ValueError, match="tails must have shape"):
+        thought_conv_decode(x[:, 3:], conv_tails(x[:, :3], layout, weight.shape[1] + 1), weight, bias)

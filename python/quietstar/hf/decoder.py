@@ -19,13 +19,19 @@ from quietstar.hf.modules import backbone
 from quietstar.hf.temporary import (
     advance_states,
     anchor_states,
-    conv_step,
-    conv_tails,
     text_states,
-    thought_conv,
     thought_delta_decode,
 )
-from quietstar_kernels import DeltaRows, ThoughtLayout, thought_attention, thought_decode, thought_delta
+from quietstar_kernels import (
+    DeltaRows,
+    ThoughtLayout,
+    conv_tails,
+    thought_attention,
+    thought_conv,
+    thought_conv_decode,
+    thought_decode,
+    thought_delta,
+)
 
 
 class ThoughtPass:
@@ -289,7 +295,7 @@ class StepPass(ThoughtPass):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.convolutions += 1
-        return conv_step(x, self._entry().own[:, 0], weight, bias)
+        return thought_conv_decode(x, self._entry().own[:, 0], weight, bias)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
         entry = self._entry()

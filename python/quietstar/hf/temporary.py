@@ -1,38 +1,6 @@
 """Until the ops are there."""
 
 import torch
-import torch.nn.functional as F
-
-
-def thought_conv(x, weight, bias, layout, text=None):
-    rows = x.shape[1]
-    if text is not None:
-        x = torch.cat([text, x], 1)
-    parent = layout.branches.parent_rows()
-    M = parent.shape[1]
-    xt = F.pad(x, (0, 0, 1, 0))
-    idx = torch.arange(M).expand(len(x), -1) + 1
-    par = F.pad(parent + 1, (1, 0))
-    out = 0 if bias is None else bias
-    for i in range(weight.shape[1] - 1, -1, -1):
-        out = out + xt.gather(1, idx[..., None].expand(-1, -1, x.shape[2])) * weight[:, i]
-        idx = par.gather(1, idx)
-    return out[:, M - rows :]
-
-
-def conv_tails(text, layout, width):
-    anchor = layout.branches.table[..., 0].long().clamp(min=0)
-    lo = layout.lo.long().gather(1, anchor)
-    idx = anchor[..., None] - torch.arange(width - 2, -1, -1, device=text.device)
-    tail = text.gather(1, idx.clamp(min=0).flatten(1)[..., None].expand(-1, -1, text.shape[2])).unflatten(1, idx.shape[1:])
-    return tail.where((idx >= lo[..., None])[..., None], 0)
-
-
-def conv_step(x, tails, weight, bias):
-    rows = torch.cat([tails, x[:, :, None]], 2)
-    tails.copy_(rows[:, :, 1:])
-    out = (rows * weight.t()).sum(2)
-    return out if bias is None else out + bias
 
 
 def _walk(text, lo):
