@@ -19,12 +19,11 @@ from torch import Tensor
 
 from .branches import ANCHOR
 from .checks import FLOATS, Checker, check_instance, check_steps, on_host, refuse_where
-from .delta import reference
+from .delta import matmul, reference
 from .layout import ThoughtLayout
-from .reference import wide
 
 _OP = "thought_delta"
-BACKENDS = {"reference": reference}
+BACKENDS = {"matmul": matmul, "reference": reference}
 
 
 class DeltaRows(NamedTuple):
@@ -140,7 +139,7 @@ def _poisoned(bad: Tensor, layout: ThoughtLayout, text: DeltaRows | None) -> Ten
     else:
         own, text_bad = counts, ~text.w.sum(-1).isfinite()  # NaN where a row was poisoned
     if not layout.R:
-        return text_bad
+        return text_bad[:, :, first:]
     branches = layout.branches
     r = torch.arange(layout.R, device=bad.device)
     if branches.path is None:
@@ -181,4 +180,4 @@ def _check_rows(check: Checker, name: str, rows: DeltaRows, letters: str, device
 
 def _backend(op: str, name: str) -> ModuleType:
     name = Checker(op).choice("backend", name, ("auto", *BACKENDS))
-    return BACKENDS["reference" if name == "auto" else name]
+    return BACKENDS["matmul" if name == "auto" else name]

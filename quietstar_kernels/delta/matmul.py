@@ -1,0 +1,543 @@
+"""thought_delta in matrix products, chunk by chunk; forward and backward are plain PyTorch.
+
+**Text.** In a chunk of ``CHUNK`` rows, w solves a triangular system (the WY form: arXiv 2406.06484, section 3.2), and a loop
+over chunks carries the state. This leaves out, w, and the state at the start of each chunk.
+
+**Branches.** Row r of a branch on anchor p needs q S and k S of the state S at p, decayed by the branch's rows up to r. There
+are two ways to it, which give the same numbers to rounding:
+
+- *reads*: no state of a branch exists. With S_c at the start of p's chunk, x S = e^(G_p) x S_c + sum over j <= p of
+  e^(G_p - G_j) (x k_j) w_j, for blocks of rows whose anchors are in one chunk. The branch is then one from a zero state whose
+  values are v - k S. The device alone makes the tables.
+- *states*: the state at each anchor, once, then chunks of branch rows as in the text, those of one level of the tree of chunks
+  at once; only this serves trees. The host makes the plan, once per layout.
+
+**Choice.** With K = E, reads cost 4 K^2 + 8 CHUNK K + 6 S K multiplications and additions per row for branches of S rows, and
+states 6 K^2 + 6 CHUNK K + 2 CHUNK K^2 / S, of which they also keep K^2 / S numbers. They are equal at S of about 3/8 K. Reads are
+one step where states are S / CHUNK, so ``way`` takes reads up to S = K/2, and at least up to ``CHUNK``.
+
+**Decay.** g is summed from one row to another, never by a difference of two sums, so that a strong decay costs no digits. With
+a decay for each channel, e^(sum from j to i) is split where the binary numbers of i and j part: both factors are at most 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..branches import LENGTH, PARENT, START
+from ..checks import has_values
+from ..layout import ThoughtLayout
+
+CHUNK = 32
+BLOCK = 64  # most rows of a block that reads one chunk
+
+
+def thought_delta(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, text: tuple | None
+) -> tuple[Tensor, Tensor]:
+    """As the reference's function."""
+    L, R, H = layout.L, layout.R, v.shape[1]
+    if g.shape[-1] > 1:  # the decay is part of the keys
+        q, k = _heads(q, H), _heads(k, H)
+    outs, writes = [], []
+    if text is None:
+        rows: list[Any] = [None if x is None else x[:, :, :L] for x in (q, k, v, g, beta)]
+        out, past = _text(*rows, layout.table("delta chunks", lambda layout: chunk_masks(layout.lo)))
+        outs.append(out)
+        writes.append(past.w.flatten(2, 3)[:, :, :L])
+    else:
+        past = text_chunks(*text, seen=layout.table("delta chunks", lambda layout: chunk_masks(layout.lo)))
+    if R and L and layout.P:  # else all are off
+        own: list[Any] = [None if x is None else x[:, :, x.shape[2] - R :] for x in (q, k, v, g, beta)]
+        out, w = (_by_reads if way(layout, k.shape[-1]) == "reads" else _by_states)(*own, layout, past)
+    else:
+        out = w = v.new_zeros(*v.shape[:2], R, v.shape[3])
+    return torch.cat([*outs, out], 2), torch.cat([*writes, w], 2)
+
+
+def way(layout: ThoughtLayout, K: int) -> str:
+    """ "reads" or "states"; see the module's text."""
+    if layout.parent is not None:
+        return "states"
+    short = layout.rows <= max(K // 2, CHUNK)
+    if layout.packed_rows is not None:  # a block for each branch, as long as the longest
+        short = short and layout.P * layout.rows <= 4 * layout.R
+    return "reads" if short or not has_values(layout.lo) or torch.compiler.is_compiling() else "states"
+
+
+class Chunks(NamedTuple):
+    """The text as its readers need it.
+
+    Attributes:
+        k: [B,G,n,CHUNK,K]; with a decay for each channel [B,H,n,CHUNK,K].
+        w: [B,H,n,CHUNK,E].
+        g: [B,H,n,CHUNK,1 or K].
+        seen: bool [B,1,n,CHUNK,1+CHUNK], as ``chunk_masks`` gives it.
+        decay: as ``_decay`` gives it.
+        states: [B,H,n,K,E], at the start of each chunk.
+    """
+
+    k: Tensor
+    w: Tensor
+    g: Tensor
+    seen: Tensor
+    decay: Tensor | None
+    states: Tensor
+
+
+def chunk_masks(lo: Tensor) -> Tensor:
+    """bool [B,1,n,CHUNK,1+CHUNK]: whether a row of the text sees what is before its chunk, and each row of the chunk."""
+    B, L = lo.shape
+    n = -(-L // CHUNK)
+    if n * CHUNK > L:
+        lo = torch.cat([lo, lo[:, -1:].expand(B, n * CHUNK - L)], 1)
+    lo = lo.view(B, 1, n, CHUNK, 1)
+    begun = lo < torch.arange(0, n * CHUNK, CHUNK, device=lo.device)[:, None, None]
+    return torch.cat([begun, (lo == lo.mT) & _causal(CHUNK, lo.device)[:, 1:]], -1)
+
+
+def _causal(rows: int, device: torch.device) -> Tensor:
+    """bool [rows,1+rows]: all rows see what is before them, and the rows up to themselves."""
+    return torch.ones(rows, rows + 1, dtype=torch.bool, device=device).tril(1)
+
+
+def _text(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, seen: Tensor) -> tuple[Tensor, Chunks]:
+    L = v.shape[2]
+    q, k, v, g = (_chunked(x) for x in (q, k, v, g))
+    decay = _decay(g, seen)
+    w, reads = _solved(k, v, g, None if beta is None else _chunked(beta), seen, decay)
+    states, w = _walk(k, w, reads, g, seen, decay)
+    out = _out(q, k, w, g, seen, decay, states)
+    return out.flatten(2, 3)[:, :, :L], Chunks(k, w, g, seen, decay, states)
+
+
+def text_chunks(k: Tensor, w: Tensor, g: Tensor, seen: Tensor, states: Tensor | None = None) -> Chunks:
+    """From what the rows of a text left: k [B,G,L,K], w [B,H,L,E], g [B,H,L,1 or K]."""
+    k, w, g = (_chunked(x) for x in (k if g.shape[-1] == 1 else _heads(k, w.shape[1]), w, g))
+    decay = _decay(g, seen)
+    return Chunks(k, w, g, seen, decay, _walk(k, w, None, g, seen, decay)[0] if states is None else states)
+
+
+def _chunked(x: Tensor) -> Tensor:
+    """[B,*,L,K] to [B,*,n,CHUNK,K], with zeros after the end."""
+    more = -x.shape[2] % CHUNK
+    x = pad(x, (0, 0, 0, more)) if more else x
+    return x.unflatten(2, (x.shape[2] // CHUNK, CHUNK))
+
+
+def _heads(x: Tensor, H: int) -> Tensor:
+    """[*,G,..] to [*,H,..] in dimension 1."""
+    return x if x.shape[1] == H else x.repeat_interleave(H // x.shape[1], 1)
+
+
+def _decay(g: Tensor, seen: Tensor) -> Tensor | None:
+    """[..,rows,1+rows]: of all that a row sees, how much of it is left when the row reads. None if each channel has its own."""
+    if g.shape[-1] > 1:
+        return None
+    rows = g.shape[-2]
+    after = torch.ones(rows, rows + 1, dtype=torch.bool, device=g.device).tril()
+    return g.where(after, 0).cumsum(-2).masked_fill(~seen, -torch.inf).exp()
+
+
+def _start(g: Tensor, seen: Tensor, decay: Tensor | None) -> Tensor:
+    """[..,rows,1 or K]: how much each row sees of the state before its chunk."""
+    return g.cumsum(-2).exp() * seen[..., :1] if decay is None else decay[..., :1]
+
+
+def _end(g: Tensor, seen: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How much is left after the chunk: of each row [..,rows,1 or K], and of the state before it [..,1 or K,1]."""
+    if decay is None:
+        return _after(g).exp() * seen[..., -1, 1:, None], (g.sum(-2).exp() * seen[..., -1, :1])[..., None]
+    return decay[..., -1, 1:, None], decay[..., -1:, :1]
+
+
+def _after(g: Tensor) -> Tensor:
+    """The sum of g [..,rows,*] over the rows after each."""
+    return pad(g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _scores(
+    x: Tensor,
+    k: Tensor,
+    g: Tensor,
+    seen: Tensor,
+    decay: Tensor | None,
+    of_row: Callable[[Tensor], Tensor] = _identity,
+    of_chunk: Callable[[Tensor], Tensor] = _identity,
+) -> Tensor:
+    """x k^T with decay, [..,rows of x,rows of k].
+
+    ``of_row`` takes tables of the chunk's rows to those of x, by default the same, ``of_chunk`` those of chunks.
+    """
+    if decay is not None:
+        H, scores = decay.shape[1], x @ of_chunk(k).mT
+        return _heads(scores, H) * of_row(decay)[..., 1:]
+    rows = k.shape[-2]
+    i = torch.arange(rows, device=k.device)
+    part = i[:, None] ^ i  # below 2 size and not below size: they are in the two halves of a block of 2 size rows
+    scores, size = (x @ of_chunk(k).mT) * of_row(seen[..., 1:] & (part == 0)), 1
+    while size < rows:
+        blocks = pad(g, (0, 0, 0, -rows % size)).unflatten(-2, (-1, size))
+        before, after = (x.flatten(-3, -2)[..., :rows, :].exp() for x in (blocks.cumsum(-2), _after(blocks)))
+        apart = seen[..., 1:] & (part >= size) & (part < 2 * size)
+        scores = scores + ((x * of_row(before)) @ of_chunk(k * after).mT) * of_row(apart)
+        size *= 2
+    return scores
+
+
+def _apply(x: Tensor, S: Tensor) -> Tensor:
+    """x [*,G,..,rows,K] times S [*,H,..,K,E]: [*,H,..,rows,E]. A product has all heads that share x."""
+    G, H, E = x.shape[1], S.shape[1], S.shape[-1]
+    if G == H:
+        return x @ S
+    y = x @ S.unflatten(1, (G, H // G)).movedim(2, -2).flatten(-2)
+    return y.unflatten(-1, (H // G, E)).movedim(-2, 2).flatten(1, 2)
+
+
+def _read(x: Tensor, S: Tensor, start: Tensor) -> Tensor:
+    """What x reads of the state before its chunk."""
+    return _apply(x, S) * start if start.shape[-1] == 1 else (x * start) @ S
+
+
+def _solved(
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, seen: Tensor, decay: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """w from a zero state, and [..,rows,K] whose product with the state before the chunk is to be taken from it."""
+    if beta is None:
+        return v, None
+    start = _start(g, seen, decay) * beta
+    both = torch.cat([v * beta, _heads(k, v.shape[1]) * start], -1)
+    both = torch.linalg.solve_triangular(_scores(k, k, g, seen, decay) * beta, both, upper=False, unitriangular=True)
+    w, reads = both.split([v.shape[-1], k.shape[-1]], -1)
+    return w, reads
+
+
+def _out(q: Tensor, k: Tensor, w: Tensor, g: Tensor, seen: Tensor, decay: Tensor | None, states: Tensor) -> Tensor:
+    return _read(q, states, _start(g, seen, decay)) + _scores(q, k, g, seen, decay) @ w
+
+
+def _walk(k: Tensor, w: Tensor, reads: Tensor | None, g: Tensor, seen: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The states at the start of each chunk of the text, and w."""
+    zero = w.new_zeros(*w.shape[:2], k.shape[-1], w.shape[-1])
+    if not w.shape[2]:
+        return zero[:, :, None][:, :, :0], w
+    end, carry = _end(g, seen, decay)
+    end = (_heads(k, w.shape[1]) * end).mT
+    levels: list[Any] = [x if x is None else x.unbind(2) for x in (w, reads, end, carry)]
+    states, writes = _run(zero, *levels)
+    return torch.stack(states, 2), w if reads is None else torch.stack(writes, 2)
+
+
+def _run(
+    S: Tensor,
+    w: Sequence[Tensor],
+    reads: Sequence[Tensor] | None,
+    end: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    above: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """From level to level of chunks: the state before each, and w. ``above``: of each level but the first, its parents."""
+    states: list[Tensor] = [S]
+    writes: list[Tensor] = []
+    for i, write in enumerate(w):
+        if i:
+            S = S * carry[i - 1] + end[i - 1] @ writes[-1]
+            S = S if above is None else _take(S, above[i - 1])
+            states.append(S)
+        writes.append(write if reads is None else write - reads[i] @ S)
+    return states, writes
+
+
+def _by_reads(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, past: Chunks
+) -> tuple[Tensor, Tensor]:
+    B, H, R, _ = v.shape
+    if layout.packed_rows is None:
+        split, joined = (lambda x: x.unflatten(2, (R // layout.S, layout.S))), (lambda x: x.flatten(2, 3))
+    else:
+        own = layout.table("delta branches", _branch_rows)
+        split, joined = own.split, own.joined
+    blocks = layout.table("delta blocks", _blocks)
+    q, k, v, g = (split(x) for x in (q, k, v, g))
+    seen = _causal(g.shape[-2], g.device)
+    decay = _decay(g, seen)
+    start = _start(g, seen, decay)
+    read = _reader(blocks, past, H)
+
+    def of_anchor(x: Tensor) -> Tensor:
+        """What x reads of the state at the anchor."""
+        x = joined(x if decay is not None else x * start)
+        y = split(blocks.rows.joined(read(blocks.rows.split(x))))
+        return y if decay is None else y * start
+
+    if beta is None:
+        w = v
+    else:
+        beta = split(beta)
+        w = torch.linalg.solve_triangular(
+            _scores(k, k, g, seen, decay) * beta, (v - of_anchor(k)) * beta, upper=False, unitriangular=True
+        )
+    out = of_anchor(q) + _scores(q, k, g, seen, decay) @ w
+    return joined(out), joined(w)
+
+
+class Rows:
+    """Where rows [B,*,R,K] stand in blocks [N,*,b,K], each row at most once.
+
+    Attributes:
+        batch: int64 [N], of each block.
+        row: int64 [N,b], -1 for none, which makes zeros.
+        slot: int64 [B,R], the place of each row among the N * b, -1 for none.
+    """
+
+    def __init__(self, batch: Tensor, row: Tensor, slot: Tensor):
+        self.batch, self.row, self.slot = batch, row, slot
+
+    def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
+        """int64 [N,heads,b] and [B,heads,R] among flat rows."""
+        h, b, R = torch.arange(heads, device=self.row.device)[:, None], self.row.shape[1], self.slot.shape[1]
+        row, slot = self.row[:, None], self.slot[:, None]
+        into = (self.batch[:, None, None] * heads + h) * R + row
+        back = (slot // b * heads + h) * b + slot % b
+        return into.where(row >= 0, -1), back.where(slot >= 0, -1)
+
+    def split(self, x: Tensor) -> Tensor:
+        return _Rows.apply(x, *self._indices(x.shape[1]))
+
+    def joined(self, x: Tensor) -> Tensor:
+        return _Rows.apply(x, *self._indices(x.shape[1])[::-1])
+
+
+class _Rows(torch.autograd.Function):
+    """Rows [..,K] at flat places, zeros where these are -1; ``back`` has the place that each row went to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).index_select(0, index.clamp(min=0).flatten())
+        return rows.view(*index.shape, x.shape[-1]).masked_fill_((index < 0)[..., None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        index, back = ctx.saved_tensors
+        return _Rows.apply(grad, back, index), None, None
+
+
+class _Take(torch.autograd.Function):
+    """x[index] in dimension 0, where an index may come again. The gradient is a sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (index,) = ctx.saved_tensors
+        zero = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        if grad.device.type == "cpu":
+            return zero.index_add_(0, index, grad), None
+        return zero.index_put_((index,), grad, accumulate=True), None  # it sorts, where index_add_ races
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x [rows,..] at index: [*index,..]."""
+    return _Take.apply(x, index.flatten()).unflatten(0, index.shape)
+
+
+class Blocks(NamedTuple):
+    """Blocks of rows that read one chunk of the text.
+
+    Attributes:
+        rows: N blocks of b rows.
+        chunk: int64 [N], the chunk that a block reads.
+        place: int64 [N,b], where in the chunk the anchor of a row is.
+    """
+
+    rows: Rows
+    chunk: Tensor
+    place: Tensor
+
+
+def _blocks(layout: ThoughtLayout) -> Blocks:
+    return blocks_of(layout.row_anchor(), layout.branches.live(), layout.L, layout.P)
+
+
+def blocks_of(anchor: Tensor, live: Tensor, L: int, most: int) -> Blocks:
+    """For rows [B,R] of ascending anchors, of which there are at most ``most``. A row that is off goes with the one before it.
+
+    Made without a look at values, so there are as many blocks as any anchors could need.
+    """
+    B, R = anchor.shape
+    device = anchor.device
+    chunks = -(-L // CHUNK)
+    b = BLOCK
+    while b > 16 and b * chunks > 2 * R:
+        b //= 2
+    N = R // b + min(chunks, most + 1, R)
+    anchor = anchor.where(live, 0).cummax(1).values
+    chunk = anchor // CHUNK
+    first = torch.searchsorted(chunk, torch.arange(chunks + 1, device=device).expand(B, -1).contiguous())
+    needed = (first.diff(dim=1) + b - 1) // b  # blocks of each chunk
+    end = needed.cumsum(1)
+    base = end - needed
+    slot = base.gather(1, chunk) * b + torch.arange(R, device=device) - first.gather(1, chunk)
+    block = torch.arange(N, device=device).expand(B, N).contiguous()
+    of_block = torch.searchsorted(end, block, right=True).clamp(max=chunks - 1)
+    row = first.gather(1, of_block) + (block - base.gather(1, of_block)) * b
+    row = row[..., None] + torch.arange(b, device=device)
+    row = row.where(row < first.gather(1, of_block + 1)[..., None], -1)
+    place = (anchor % CHUNK).gather(1, row.clamp(min=0).flatten(1))
+    batch = torch.arange(B, device=device)[:, None]
+    rows = Rows(batch.expand(B, N).flatten(), row.flatten(0, 1), slot + batch * N * b)
+    return Blocks(rows, of_block.flatten(), place.view(B * N, b))
+
+
+def _reader(blocks: Blocks, past: Chunks, H: int) -> Callable[[Tensor], Tensor]:
+    """A function of x [N,G,b,K] that gives [N,H,b,E], what each row reads of the state at its anchor."""
+    n = past.w.shape[2]
+    batch, place = blocks.rows.batch, blocks.place
+
+    def chunk_index(heads: int) -> Tensor:
+        return (batch[:, None] * heads + torch.arange(heads, device=batch.device)) * n + blocks.chunk[:, None]
+
+    def of_chunk(x: Tensor) -> Tensor:
+        return _take(x.flatten(0, 2), chunk_index(x.shape[1]))
+
+    def of_row(x: Tensor) -> Tensor:
+        return _take(x.flatten(0, 3), chunk_index(x.shape[1])[..., None] * CHUNK + place[:, None])
+
+    S, w = of_chunk(past.states), of_chunk(past.w)
+    start = of_row(_start(past.g, past.seen, past.decay))
+    k, g, seen, decay = past.k, past.g, past.seen, past.decay
+    if decay is not None:
+        k, decay, of_chunk = of_chunk(k), of_row(decay), _identity
+    pick = _identity if decay is not None else of_row
+
+    def read(x: Tensor) -> Tensor:
+        return _read(x, S, start) + _scores(x, k, g, seen, decay, pick, of_chunk) @ w
+
+    return read
+
+
+def _branch_rows(layout: ThoughtLayout) -> Rows:
+    """A block for each branch of a packed layout."""
+    B, C, S, device = layout.B, layout.P, layout.S, layout.device
+    start, length = layout.branches.table[..., START, None].long(), layout.branches.table[..., LENGTH, None]
+    s = torch.arange(S, device=device)
+    row = (start + s).where(s < length, -1)
+    batch = torch.arange(B, device=device)[:, None]
+    slot = (batch * C + layout.branches.of_row) * S + layout.row_in_branch()
+    return Rows(batch.expand(B, C).flatten(), row.flatten(0, 1), slot.where(layout.branches.live(), -1))
+
+
+class Plan(NamedTuple):
+    """Chunks of branch rows, level after level.
+
+    Attributes:
+        rows: N chunks of CHUNK rows.
+        sizes: how many chunks each level has.
+        above: of each level but the first: int64, the place of each chunk's parent in the level before.
+        batch, anchor: int64 [A], anchors that differ, and in which batch row.
+        first: int64, for each chunk of the first level, which of these it follows.
+    """
+
+    rows: Rows
+    sizes: list[int]
+    above: list[Tensor]
+    batch: Tensor
+    anchor: Tensor
+    first: Tensor
+
+
+def _plan(layout: ThoughtLayout) -> Plan:
+    B, R, device = layout.B, layout.R, layout.device
+    branches = layout.branches
+    table = branches.table.cpu().long()
+    anchor, start, length = table.flatten(0, 1).unbind(1)
+    C = table.shape[1]
+    counts = (length + CHUNK - 1) // CHUNK  # chunks of each node
+    base, last = torch.zeros_like(counts), counts.cumsum(0) - 1  # level of its first chunk; its last chunk
+    if branches.tree is not None:
+        of, levels, ends = branches.tree[..., PARENT].flatten().tolist(), counts.tolist(), last.tolist()
+        depth, end = [0] * len(of), [-1] * len(of)  # below a node: the level, and the chunk that is above
+        above_node = [-1] * len(of)
+        for c, up in enumerate(of):
+            if up >= 0:
+                up += c // C * C
+                depth[c], above_node[c] = depth[up] + levels[up], end[up]
+            end[c] = ends[c] if levels[c] else above_node[c]
+        base, above_first = torch.tensor(depth), torch.tensor(above_node)
+    else:
+        above_first = torch.full_like(counts, -1)
+    node = torch.arange(B * C).repeat_interleave(counts)
+    j = torch.arange(len(node)) - (last - counts + 1)[node]  # which chunk of its node
+    level = base[node] + j
+    above = torch.where(j > 0, torch.arange(len(node)) - 1, above_first[node])
+    order = level.argsort(stable=True)
+    sizes = level.bincount().tolist()
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # of each chunk in the order
+    node, j, above = node[order], j[order], above[order]
+    s = torch.arange(CHUNK)
+    in_node = j[:, None] * CHUNK + s
+    on = in_node < length[node][:, None]
+    row = (start[node][:, None] + in_node).where(on, -1)
+    batch = node // C if C else node
+    slot = torch.full((B * R,), -1)
+    slot[(batch[:, None] * R + row)[on]] = torch.arange(row.numel()).view_as(row)[on]
+    parents, done = [], 0
+    for before, size in zip(sizes, sizes[1:], strict=False):
+        parents.append(place[above[done + before : done + before + size]] - done)
+        done += before
+    roots = node[: sizes[0]] if sizes else node
+    keys, first = (batch[: len(roots)] * layout.L + anchor[roots]).unique(return_inverse=True)
+    rows = Rows(*(x.to(device) for x in (batch, row, slot.view(B, R))))
+    parents = [x.to(device) for x in parents]
+    return Plan(rows, sizes, parents, *(x.to(device) for x in (keys // layout.L, keys % layout.L, first)))
+
+
+def _by_states(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, past: Chunks
+) -> tuple[Tensor, Tensor]:
+    rows, sizes, above, batch, anchor, first = layout.table("delta plan", _plan)
+    if not sizes:
+        return torch.zeros_like(v), torch.zeros_like(v)
+    q, k, v, g = (rows.split(x) for x in (q, k, v, g))
+    seen = _causal(CHUNK, g.device)
+    decay = _decay(g, seen)
+    w, reads = _solved(k, v, g, None if beta is None else rows.split(beta), seen, decay)
+    end, carry = _end(g, seen, decay)
+    end = (_heads(k, v.shape[1]) * end).mT
+    S = _take(state_at(past, batch, anchor), first)
+    levels: list[Any] = [x if x is None else x.split(sizes) for x in (w, reads, end, carry)]
+    states, writes = _run(S, *levels, above)
+    w = torch.cat(writes)
+    out = _out(q, k, w, g, seen, decay, torch.cat(states))
+    return rows.joined(out), rows.joined(w)
+
+
+def state_at(past: Chunks, batch: Tensor, position: Tensor) -> Tensor:
+    """The states [A,H,K,E] after text rows ``position`` [A] of batch rows ``batch`` [A]."""
+    n = past.w.shape[2]
+    chunk, place = position // CHUNK, position % CHUNK
+
+    def of_chunk(x: Tensor) -> Tensor:
+        heads = torch.arange(x.shape[1], device=x.device)
+        return _take(x.flatten(0, 2), (batch[:, None] * x.shape[1] + heads) * n + chunk[:, None])
+
+    k, w, g, S = (of_chunk(x) for x in (past.k, past.w, past.g, past.states))
+    seen = past.seen[batch, :, chunk, place][..., None]  # [A,1,1+CHUNK,1]
+    g = g.where((torch.arange(CHUNK, device=g.device) <= place[:, None])[:, None, :, None], 0)
+    end = _after(g).exp() * seen[:, :, 1:]
+    carry = (g.sum(-2).exp() * seen[:, :, 0])[..., None]
+    return S * carry + (_heads(k, w.shape[1]) * end).mT @ w
