@@ -76,13 +76,14 @@ def thought_delta(
     if text is not None:
         _check_rows(check, "text", text, "L", layout.device)
     first = layout.M - v.shape[2]
-    live = layout.table("recurrent rows", _recurrent_rows)[:, None, first:, None]
+    live = layout.table("recurrent rows", _recurrent_rows)
+    live = None if live is None else live[:, None, first:, None]
     dtype, wide_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
         rows = [x.to(wide_dtype) for x in (q, k, v, _columns(g, v))] + (
             [] if beta is None else [beta.to(wide_dtype)[..., None]]
         )
-        rows = [x.where(live, 0) for x in rows]
+        rows = [_where_on(x, live) for x in rows]
         bad, bad_q = _not_finite(*rows[1:], heads=v.shape[1]), _not_finite(rows[0], heads=v.shape[1])
         poisoned = None
         if not on_host(bad) or bool((bad | bad_q).any()) or text is not None:
@@ -96,14 +97,22 @@ def thought_delta(
         if poisoned is not None:
             out = out.masked_fill((poisoned | bad_q)[..., None], torch.nan)
             w = w.masked_fill(poisoned[..., None], torch.nan)
-        out, w = (x.where(live, 0) for x in (out, w))
+        out, w = _where_on(out, live), _where_on(w, live)
     return out.to(dtype), w
 
 
-def _recurrent_rows(layout: ThoughtLayout) -> Tensor:
-    """bool [B,M], the rows that are on. Raises ValueError for what no recurrence can follow."""
-    check_recurrent("recurrent layers", layout)
-    return torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), layout.branches.live()], 1)
+def _recurrent_rows(layout: ThoughtLayout) -> Tensor | None:
+    """bool [B,M], the rows that are on; None if all are, as a host can tell. Raises ValueError for what no recurrence can
+    follow."""
+    check_recurrent(_OP, layout)
+    live = layout.branches.live()
+    if on_host(live) and not torch.compiler.is_compiling() and bool(live.all()):
+        return None
+    return torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), live], 1)
+
+
+def _where_on(x: Tensor, live: Tensor | None) -> Tensor:
+    return x if live is None else x.where(live, 0)
 
 
 def check_recurrent(op: str, layout: ThoughtLayout) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..branches import LENGTH, PARENT, START
-from ..checks import has_values
+from ..checks import has_values, on_host
 from ..layout import ThoughtLayout
 
 CHUNK = 32
@@ -221,8 +221,13 @@ def _solved(
     return w, reads
 
 
+def _plus(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b."""
+    return torch.baddbmm(*(y.flatten(0, -3) for y in (x, a, b))).view_as(x)
+
+
 def _out(q: Tensor, k: Tensor, w: Tensor, g: Tensor, seen: Tensor, decay: Tensor | None, states: Tensor) -> Tensor:
-    return _read(q, states, _start(g, seen, decay)) + _scores(q, k, g, seen, decay) @ w
+    return _plus(_read(q, states, _start(g, seen, decay)), _scores(q, k, g, seen, decay), w)
 
 
 def _walk(k: Tensor, w: Tensor, reads: Tensor | None, g: Tensor, seen: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -260,60 +265,72 @@ def _run(
 def _by_reads(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, past: Chunks
 ) -> tuple[Tensor, Tensor]:
-    B, H, R, _ = v.shape
-    if layout.packed_rows is None:
-        split, joined = (lambda x: x.unflatten(2, (R // layout.S, layout.S))), (lambda x: x.flatten(2, 3))
-    else:
-        own = layout.table("delta branches", _branch_rows)
-        split, joined = own.split, own.joined
+    B, R, S = layout.B, layout.R, layout.S
+    own: Rows | _Grid = _Grid(S) if layout.packed_rows is None else layout.table("delta branches", _branch_rows)
     blocks = layout.table("delta blocks", _blocks)
-    q, k, v, g = (split(x) for x in (q, k, v, g))
-    seen = _causal(g.shape[-2], g.device)
+    q, k, v, g = (own.split(x) for x in (q, k, v, g))
+    seen = _causal(S, g.device)
     decay = _decay(g, seen)
     start = _start(g, seen, decay)
-    read = _reader(blocks, past, H)
+    read = _reader(blocks, past, None if decay is None else blocks.rows.split(own.joined(start)))
 
     def of_anchor(x: Tensor) -> Tensor:
         """What x reads of the state at the anchor."""
-        x = joined(x if decay is not None else x * start)
-        y = split(blocks.rows.joined(read(blocks.rows.split(x))))
-        return y if decay is None else y * start
+        return own.split(blocks.rows.joined(read(blocks.rows.split(own.joined(x if decay is not None else x * start)))))
 
     if beta is None:
         w = v
     else:
-        beta = split(beta)
-        w = torch.linalg.solve_triangular(
-            _scores(k, k, g, seen, decay) * beta, (v - of_anchor(k)) * beta, upper=False, unitriangular=True
-        )
-    out = of_anchor(q) + _scores(q, k, g, seen, decay) @ w
-    return joined(out), joined(w)
+        beta = own.split(beta)
+        scores = _scores(k, k, g, seen, decay) * beta
+        w = torch.linalg.solve_triangular(scores, (v - of_anchor(k)) * beta, upper=False, unitriangular=True)
+    out = _plus(of_anchor(q), _scores(q, k, g, seen, decay), w)
+    return own.joined(out), own.joined(w)
+
+
+class _Grid(NamedTuple):
+    """As ``Rows``, for blocks of S rows one after another."""
+
+    S: int
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.contiguous().unflatten(2, (x.shape[2] // self.S, self.S))
+
+    def joined(self, x: Tensor) -> Tensor:
+        return x.flatten(2, 3)
 
 
 class Rows:
-    """Where rows [B,*,R,K] stand in blocks [N,*,b,K], each row at most once.
+    """Where rows [B,*,R,K] stand in blocks [A,*,n,b,K], each row at most once.
 
     Attributes:
-        batch: int64 [N], of each block.
-        row: int64 [N,b], -1 for none, which makes zeros.
-        slot: int64 [B,R], the place of each row among the N * b, -1 for none.
+        batch: int64 [A,n], of each block.
+        row: int64 [A,n,b], -1 for none, which makes zeros.
+        slot: int64 [B,R], the place of each row among the A * n * b, -1 for none.
+        grid: whether they are all rows in their order.
     """
 
     def __init__(self, batch: Tensor, row: Tensor, slot: Tensor):
         self.batch, self.row, self.slot = batch, row, slot
+        B, R = slot.shape
+        self.grid = on_host(row) and row.shape[0] == B and torch.equal(row.flatten(1), torch.arange(R).expand(B, R))
 
     def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
-        """int64 [N,heads,b] and [B,heads,R] among flat rows."""
-        h, b, R = torch.arange(heads, device=self.row.device)[:, None], self.row.shape[1], self.slot.shape[1]
+        """int64 [A,heads,n,b] and [B,heads,R] among flat rows."""
+        h, R, size = torch.arange(heads, device=self.row.device)[:, None], self.slot.shape[1], self.row[0].numel()
         row, slot = self.row[:, None], self.slot[:, None]
-        into = (self.batch[:, None, None] * heads + h) * R + row
-        back = (slot // b * heads + h) * b + slot % b
+        into = (self.batch[:, None, :, None] * heads + h[..., None]) * R + row
+        back = (slot // size * heads + h) * size + slot % size
         return into.where(row >= 0, -1), back.where(slot >= 0, -1)
 
     def split(self, x: Tensor) -> Tensor:
+        if self.grid:
+            return x.unflatten(2, self.row.shape[1:])
         return _Rows.apply(x, *self._indices(x.shape[1]))
 
     def joined(self, x: Tensor) -> Tensor:
+        if self.grid:
+            return x.flatten(2, 3)
         return _Rows.apply(x, *self._indices(x.shape[1])[::-1])
 
 
@@ -359,9 +376,9 @@ class Blocks(NamedTuple):
     """Blocks of rows that read one chunk of the text.
 
     Attributes:
-        rows: N blocks of b rows.
-        chunk: int64 [N], the chunk that a block reads.
-        place: int64 [N,b], where in the chunk the anchor of a row is.
+        rows: n blocks of b rows in each batch row.
+        chunk: int64 [B,n], the chunk that a block reads.
+        place: int64 [B,n,b], where in the chunk the anchor of a row is.
     """
 
     rows: Rows
@@ -384,50 +401,48 @@ def blocks_of(anchor: Tensor, live: Tensor, L: int, most: int) -> Blocks:
     b = BLOCK
     while b > 16 and b * chunks > 2 * R:
         b //= 2
-    N = R // b + min(chunks, most + 1, R)
     anchor = anchor.where(live, 0).cummax(1).values
     chunk = anchor // CHUNK
     first = torch.searchsorted(chunk, torch.arange(chunks + 1, device=device).expand(B, -1).contiguous())
     needed = (first.diff(dim=1) + b - 1) // b  # blocks of each chunk
     end = needed.cumsum(1)
     base = end - needed
+    n = int(end[:, -1].max()) if on_host(end) and B else R // b + min(chunks, most + 1, R)
     slot = base.gather(1, chunk) * b + torch.arange(R, device=device) - first.gather(1, chunk)
-    block = torch.arange(N, device=device).expand(B, N).contiguous()
+    block = torch.arange(n, device=device).expand(B, n).contiguous()
     of_block = torch.searchsorted(end, block, right=True).clamp(max=chunks - 1)
     row = first.gather(1, of_block) + (block - base.gather(1, of_block)) * b
     row = row[..., None] + torch.arange(b, device=device)
     row = row.where(row < first.gather(1, of_block + 1)[..., None], -1)
-    place = (anchor % CHUNK).gather(1, row.clamp(min=0).flatten(1))
+    place = (anchor % CHUNK).gather(1, row.clamp(min=0).flatten(1)).view_as(row)
     batch = torch.arange(B, device=device)[:, None]
-    rows = Rows(batch.expand(B, N).flatten(), row.flatten(0, 1), slot + batch * N * b)
-    return Blocks(rows, of_block.flatten(), place.view(B * N, b))
+    return Blocks(Rows(batch.expand(B, n), row, slot + batch * n * b), of_block, place)
 
 
-def _reader(blocks: Blocks, past: Chunks, H: int) -> Callable[[Tensor], Tensor]:
-    """A function of x [N,G,b,K] that gives [N,H,b,E], what each row reads of the state at its anchor."""
-    n = past.w.shape[2]
-    batch, place = blocks.rows.batch, blocks.place
+def _reader(blocks: Blocks, past: Chunks, own: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A function of x [B,G,n,b,K] that gives [B,H,n,b,E], what each row reads of the state at its anchor.
 
-    def chunk_index(heads: int) -> Tensor:
-        return (batch[:, None] * heads + torch.arange(heads, device=batch.device)) * n + blocks.chunk[:, None]
+    ``own`` [B,H,n,b,1]: how much is left of that state in the branch, unless x has this.
+    """
+    chunks = past.w.shape[2]
+
+    def index(heads: int) -> Tensor:
+        h = torch.arange(heads, device=blocks.chunk.device)[:, None]
+        return (blocks.rows.batch[:, None] * heads + h) * chunks + blocks.chunk[:, None]
 
     def of_chunk(x: Tensor) -> Tensor:
-        return _take(x.flatten(0, 2), chunk_index(x.shape[1]))
+        return _take(x.flatten(0, 2), index(x.shape[1]))
 
     def of_row(x: Tensor) -> Tensor:
-        return _take(x.flatten(0, 3), chunk_index(x.shape[1])[..., None] * CHUNK + place[:, None])
+        return _take(x.flatten(0, 3), index(x.shape[1])[..., None] * CHUNK + blocks.place[:, None])
 
     S, w = of_chunk(past.states), of_chunk(past.w)
-    start = of_row(_start(past.g, past.seen, past.decay))
     k, g, seen, decay = past.k, past.g, past.seen, past.decay
-    if decay is not None:
-        k, decay, of_chunk = of_chunk(k), of_row(decay), _identity
-    pick = _identity if decay is not None else of_row
-
-    def read(x: Tensor) -> Tensor:
-        return _read(x, S, start) + _scores(x, k, g, seen, decay, pick, of_chunk) @ w
-
-    return read
+    if decay is None or own is None:
+        start = of_row(_start(g, seen, decay))
+        return lambda x: _plus(_read(x, S, start), _scores(x, k, g, seen, decay, of_row, of_chunk), w)
+    decay, k = of_row(decay) * own, of_chunk(k)
+    return lambda x: _plus(_read(x, S, decay[..., :1]), _scores(x, k, g, seen, decay), w)
 
 
 def _branch_rows(layout: ThoughtLayout) -> Rows:
@@ -438,7 +453,7 @@ def _branch_rows(layout: ThoughtLayout) -> Rows:
     row = (start + s).where(s < length, -1)
     batch = torch.arange(B, device=device)[:, None]
     slot = (batch * C + layout.branches.of_row) * S + layout.row_in_branch()
-    return Rows(batch.expand(B, C).flatten(), row.flatten(0, 1), slot.where(layout.branches.live(), -1))
+    return Rows(batch.expand(B, C), row, slot.where(layout.branches.live(), -1))
 
 
 class Plan(NamedTuple):
@@ -501,7 +516,7 @@ def _plan(layout: ThoughtLayout) -> Plan:
         done += before
     roots = node[: sizes[0]] if sizes else node
     keys, first = (batch[: len(roots)] * layout.L + anchor[roots]).unique(return_inverse=True)
-    rows = Rows(*(x.to(device) for x in (batch, row, slot.view(B, R))))
+    rows = Rows(*(x.to(device) for x in (batch[:, None], row[:, None], slot.view(B, R))))
     parents = [x.to(device) for x in parents]
     return Plan(rows, sizes, parents, *(x.to(device) for x in (keys // layout.L, keys % layout.L, first)))
 
@@ -518,7 +533,7 @@ def _by_states(
     w, reads = _solved(k, v, g, None if beta is None else rows.split(beta), seen, decay)
     end, carry = _end(g, seen, decay)
     end = (_heads(k, v.shape[1]) * end).mT
-    S = _take(state_at(past, batch, anchor), first)
+    S = _take(state_at(past, batch, anchor), first)[:, :, None]
     levels: list[Any] = [x if x is None else x.split(sizes) for x in (w, reads, end, carry)]
     states, writes = _run(S, *levels, above)
     w = torch.cat(writes)
