@@ -29,6 +29,7 @@ from .thought_attention import thought_attention
 from .thought_conv import conv_tails, thought_conv, thought_conv_decode
 from .thought_decode import thought_decode
 from .thought_delta import DeltaRows, thought_delta
+from .thought_delta_decode import advance_states, anchor_states, text_states, thought_delta_decode
 
 _first_use.CASES.update(self_test.FIRST_USE)
 
@@ -37,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DeltaRows",
     "ThoughtLayout",
+    "advance_states",
+    "anchor_states",
     "backends",
     "conv_tails",
     "cpu_library",
@@ -47,10 +50,12 @@ __all__ = [
     "sample_thoughts",
     "sample_token",
     "text_attention",
+    "text_states",
     "thought_attention",
     "thought_conv",
     "thought_conv_decode",
     "thought_decode",
     "thought_delta",
+    "thought_delta_decode",
     "vocab_parallel_logprob",
 ]

@@ -72,28 +72,26 @@ def thought_delta(
     Raises:
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
-    check = _checked(_OP, q, k, v, g, beta, layout, "R" if text is not None else "M")
+    check = check_arguments(_OP, q, k, v, g, beta, layout, "R" if text is not None else "M")
     if text is not None:
-        _check_rows(check, "text", text, "L", layout.device)
+        check_rows(check, "text", text, "L", layout.device)
     first = layout.M - v.shape[2]
     live = layout.table("recurrent rows", _recurrent_rows)
     live = None if live is None else live[:, None, first:, None]
     dtype, wide_dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(v.device.type, enabled=False):
-        rows = [x.to(wide_dtype) for x in (q, k, v, _columns(g, v))] + (
-            [] if beta is None else [beta.to(wide_dtype)[..., None]]
-        )
+        rows = [x.to(wide_dtype) for x in (q, k, v, columns(g, v))] + ([] if beta is None else [beta.to(wide_dtype)[..., None]])
         rows = [_where_on(x, live) for x in rows]
-        bad, bad_q = _not_finite(*rows[1:], heads=v.shape[1]), _not_finite(rows[0], heads=v.shape[1])
+        bad, bad_q = not_finite(*rows[1:], heads=v.shape[1]), not_finite(rows[0], heads=v.shape[1])
         poisoned = None
         if not on_host(bad) or bool((bad | bad_q).any()) or text is not None:
             rows = [x.where(x.isfinite(), 0) for x in rows]
             poisoned = _poisoned(bad, layout, text)
         q, k, v, g = rows[:4]
-        past = None if text is None else DeltaRows(*(x.to(wide_dtype) for x in (text.k, text.w, _columns(text.g, text.w))))
+        past = None if text is None else DeltaRows(*(x.to(wide_dtype) for x in (text.k, text.w, columns(text.g, text.w))))
         if past is not None:
             past = DeltaRows(*(x.where(x.isfinite(), 0) for x in past))
-        out, w = _backend(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
+        out, w = backend_of(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
         if poisoned is not None:
             out = out.masked_fill((poisoned | bad_q)[..., None], torch.nan)
             w = w.masked_fill(poisoned[..., None], torch.nan)
@@ -123,12 +121,12 @@ def check_recurrent(op: str, layout: ThoughtLayout) -> None:
     refuse_where(cut, f"{op}: lo must be the start of a document, whose state begins at zero")
 
 
-def _columns(g: Tensor, v: Tensor) -> Tensor:
+def columns(g: Tensor, v: Tensor) -> Tensor:
     """[B,H,rows,1], or [B,H,rows,K] as it is."""
     return g[..., None] if g.ndim < v.ndim else g
 
 
-def _not_finite(*tensors: Tensor, heads: int) -> Tensor:
+def not_finite(*tensors: Tensor, heads: int) -> Tensor:
     """bool [B,H,rows]: where one of [B,heads or fewer,rows,*] holds NaN or infinity."""
     sums = [x.sum(-1) for x in tensors]  # one pass; a sum that overflows counts too
     bad = [~x.isfinite().repeat_interleave(heads // x.shape[1], 1) for x in sums]
@@ -163,7 +161,7 @@ def _poisoned(bad: Tensor, layout: ThoughtLayout, text: DeltaRows | None) -> Ten
     return own_bad if first else torch.cat([text_bad, own_bad], 2)
 
 
-def _checked(
+def check_arguments(
     op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, rows: str
 ) -> Checker:
     check_instance(op, "layout", layout, ThoughtLayout)
@@ -180,13 +178,13 @@ def _checked(
     return check
 
 
-def _check_rows(check: Checker, name: str, rows: DeltaRows, letters: str, device: torch.device) -> None:
+def check_rows(check: Checker, name: str, rows: DeltaRows, letters: str, device: torch.device) -> None:
     check.tensor(f"{name}.k", rows.k, f"B,G,{letters},K", FLOATS, device, "layout")
     check.tensor(f"{name}.w", rows.w, f"B,H,{letters},E", FLOATS, device, "layout")
     wanted = f"B,H,{letters}" + (",K" if rows.g.ndim > rows.w.ndim - 1 else "")
     check.tensor(f"{name}.g", rows.g, wanted, FLOATS, device, "layout")
 
 
-def _backend(op: str, name: str) -> ModuleType:
+def backend_of(op: str, name: str) -> ModuleType:
     name = Checker(op).choice("backend", name, ("auto", *BACKENDS))
     return BACKENDS["matmul" if name == "auto" else name]

@@ -13,8 +13,8 @@ are two ways to it, which give the same numbers to rounding:
   at once; only this serves trees. The host makes the plan, once per layout.
 
 **Choice.** With K = E, reads cost 4 K^2 + 8 CHUNK K + 6 S K multiplications and additions per row for branches of S rows, and
-states 6 K^2 + 6 CHUNK K + 2 CHUNK K^2 / S, of which they also keep K^2 / S numbers. They are equal at S of about 3/8 K. Reads are
-one step where states are S / CHUNK, so ``way`` takes reads up to S = K/2, and at least up to ``CHUNK``.
+states 6 K^2 + 6 CHUNK K + 2 CHUNK K^2 / S; they also keep K^2 / S numbers per row. These are equal at S of about 3/8 K. Reads
+are one step where states are S / CHUNK, so ``way`` takes reads up to S = K/2, and at least up to ``CHUNK``.
 
 **Decay.** g is summed from one row to another, never by a difference of two sums, so that a strong decay costs no digits. With
 a decay for each channel, e^(sum from j to i) is split where the binary numbers of i and j part: both factors are at most 1.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..branches import LENGTH, PARENT, START
+from ..branches import ANCHOR, LENGTH, PARENT, START
 from ..checks import has_values, on_host
 from ..layout import ThoughtLayout
 
@@ -43,18 +43,19 @@ def thought_delta(
     """As the reference's function."""
     L, R, H = layout.L, layout.R, v.shape[1]
     if g.shape[-1] > 1:  # the decay is part of the keys
-        q, k = _heads(q, H), _heads(k, H)
+        q, k = spread(q, H), spread(k, H)
+    rows: list[Any] = [q, k, v, g, beta]
+    seen = masks_of(layout)
     outs, writes = [], []
     if text is None:
-        rows: list[Any] = [None if x is None else x[:, :, :L] for x in (q, k, v, g, beta)]
-        out, past = _text(*rows, layout.table("delta chunks", lambda layout: chunk_masks(layout.lo)))
+        out, past = _text(seen, *[x if x is None else x[:, :, :L] for x in rows])
         outs.append(out)
         writes.append(past.w.flatten(2, 3)[:, :, :L])
     else:
-        past = text_chunks(*text, seen=layout.table("delta chunks", lambda layout: chunk_masks(layout.lo)))
+        past = text_chunks(seen, None, *text)
     if R and L and layout.P:  # else all are off
-        own: list[Any] = [None if x is None else x[:, :, x.shape[2] - R :] for x in (q, k, v, g, beta)]
-        out, w = (_by_reads if way(layout, k.shape[-1]) == "reads" else _by_states)(*own, layout, past)
+        by = _by_reads if way(layout, k.shape[-1]) == "reads" else _by_states
+        out, w = by(layout, past, *[x if x is None else x[:, :, x.shape[2] - R :] for x in rows])
     else:
         out = w = v.new_zeros(*v.shape[:2], R, v.shape[3])
     return torch.cat([*outs, out], 2), torch.cat([*writes, w], 2)
@@ -78,7 +79,6 @@ class Chunks(NamedTuple):
         w: [B,H,n,CHUNK,E].
         g: [B,H,n,CHUNK,1 or K].
         seen: bool [B,1,n,CHUNK,1+CHUNK], as ``chunk_masks`` gives it.
-        decay: as ``_decay`` gives it.
         states: [B,H,n,K,E], at the start of each chunk.
     """
 
@@ -86,8 +86,12 @@ class Chunks(NamedTuple):
     w: Tensor
     g: Tensor
     seen: Tensor
-    decay: Tensor | None
     states: Tensor
+
+
+def masks_of(layout: ThoughtLayout) -> Tensor:
+    """``chunk_masks``, made once."""
+    return layout.table("delta chunks", lambda layout: chunk_masks(layout.lo))
 
 
 def chunk_masks(lo: Tensor) -> Tensor:
@@ -106,21 +110,20 @@ def _causal(rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, rows + 1, dtype=torch.bool, device=device).tril(1)
 
 
-def _text(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, seen: Tensor) -> tuple[Tensor, Chunks]:
+def _text(seen: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> tuple[Tensor, Chunks]:
     L = v.shape[2]
     q, k, v, g = (_chunked(x) for x in (q, k, v, g))
     decay = _decay(g, seen)
     w, reads = _solved(k, v, g, None if beta is None else _chunked(beta), seen, decay)
     states, w = _walk(k, w, reads, g, seen, decay)
     out = _out(q, k, w, g, seen, decay, states)
-    return out.flatten(2, 3)[:, :, :L], Chunks(k, w, g, seen, decay, states)
+    return out.flatten(2, 3)[:, :, :L], Chunks(k, w, g, seen, states)
 
 
-def text_chunks(k: Tensor, w: Tensor, g: Tensor, seen: Tensor, states: Tensor | None = None) -> Chunks:
+def text_chunks(seen: Tensor, states: Tensor | None, k: Tensor, w: Tensor, g: Tensor) -> Chunks:
     """From what the rows of a text left: k [B,G,L,K], w [B,H,L,E], g [B,H,L,1 or K]."""
-    k, w, g = (_chunked(x) for x in (k if g.shape[-1] == 1 else _heads(k, w.shape[1]), w, g))
-    decay = _decay(g, seen)
-    return Chunks(k, w, g, seen, decay, _walk(k, w, None, g, seen, decay)[0] if states is None else states)
+    k, w, g = (_chunked(x) for x in (k if g.shape[-1] == 1 else spread(k, w.shape[1]), w, g))
+    return Chunks(k, w, g, seen, _walk(k, w, None, g, seen, _decay(g, seen))[0] if states is None else states)
 
 
 def _chunked(x: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def _chunked(x: Tensor) -> Tensor:
     return x.unflatten(2, (x.shape[2] // CHUNK, CHUNK))
 
 
-def _heads(x: Tensor, H: int) -> Tensor:
+def spread(x: Tensor, H: int) -> Tensor:
     """[*,G,..] to [*,H,..] in dimension 1."""
     return x if x.shape[1] == H else x.repeat_interleave(H // x.shape[1], 1)
 
@@ -161,35 +164,30 @@ def _after(g: Tensor) -> Tensor:
     return pad(g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
+def finite(x: Tensor) -> Tensor:
+    """x, 0 where that is not finite."""
+    return x.where(x.isfinite(), 0)
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
 def _scores(
-    x: Tensor,
-    k: Tensor,
-    g: Tensor,
-    seen: Tensor,
-    decay: Tensor | None,
-    of_row: Callable[[Tensor], Tensor] = _identity,
-    of_chunk: Callable[[Tensor], Tensor] = _identity,
+    x: Tensor, k: Tensor, g: Tensor, seen: Tensor, decay: Tensor | None, of_row: Callable[[Tensor], Tensor] = _identity
 ) -> Tensor:
-    """x k^T with decay, [..,rows of x,rows of k].
-
-    ``of_row`` takes tables of the chunk's rows to those of x, by default the same, ``of_chunk`` those of chunks.
-    """
+    """x k^T with decay, [..,rows of x,rows of k]. ``of_row`` takes tables of the rows of k to those of x, if these differ."""
     if decay is not None:
-        H, scores = decay.shape[1], x @ of_chunk(k).mT
-        return _heads(scores, H) * of_row(decay)[..., 1:]
+        return spread(x @ k.mT, decay.shape[1]) * of_row(decay)[..., 1:]
     rows = k.shape[-2]
     i = torch.arange(rows, device=k.device)
-    part = i[:, None] ^ i  # below 2 size and not below size: they are in the two halves of a block of 2 size rows
-    scores, size = (x @ of_chunk(k).mT) * of_row(seen[..., 1:] & (part == 0)), 1
+    part = i[:, None] ^ i  # from size to 2 size - 1: they are in the two halves of a block of 2 size rows
+    scores, size = (x @ k.mT) * of_row(seen[..., 1:] & (part == 0)), 1
     while size < rows:
         blocks = pad(g, (0, 0, 0, -rows % size)).unflatten(-2, (-1, size))
-        before, after = (x.flatten(-3, -2)[..., :rows, :].exp() for x in (blocks.cumsum(-2), _after(blocks)))
+        before, after = (y.flatten(-3, -2)[..., :rows, :].exp() for y in (blocks.cumsum(-2), _after(blocks)))
         apart = seen[..., 1:] & (part >= size) & (part < 2 * size)
-        scores = scores + ((x * of_row(before)) @ of_chunk(k * after).mT) * of_row(apart)
+        scores = scores + ((x * of_row(before)) @ (k * after).mT) * of_row(apart)
         size *= 2
     return scores
 
@@ -215,7 +213,7 @@ def _solved(
     if beta is None:
         return v, None
     start = _start(g, seen, decay) * beta
-    both = torch.cat([v * beta, _heads(k, v.shape[1]) * start], -1)
+    both = torch.cat([v * beta, spread(k, v.shape[1]) * start], -1)
     both = torch.linalg.solve_triangular(_scores(k, k, g, seen, decay) * beta, both, upper=False, unitriangular=True)
     w, reads = both.split([v.shape[-1], k.shape[-1]], -1)
     return w, reads
@@ -236,19 +234,19 @@ def _walk(k: Tensor, w: Tensor, reads: Tensor | None, g: Tensor, seen: Tensor, d
     if not w.shape[2]:
         return zero[:, :, None][:, :, :0], w
     end, carry = _end(g, seen, decay)
-    end = (_heads(k, w.shape[1]) * end).mT
+    end = (spread(k, w.shape[1]) * end).mT
     levels: list[Any] = [x if x is None else x.unbind(2) for x in (w, reads, end, carry)]
-    states, writes = _run(zero, *levels)
+    states, writes = _run(zero, None, *levels)
     return torch.stack(states, 2), w if reads is None else torch.stack(writes, 2)
 
 
 def _run(
     S: Tensor,
+    above: Sequence[Tensor] | None,
     w: Sequence[Tensor],
     reads: Sequence[Tensor] | None,
     end: Sequence[Tensor],
     carry: Sequence[Tensor],
-    above: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """From level to level of chunks: the state before each, and w. ``above``: of each level but the first, its parents."""
     states: list[Tensor] = [S]
@@ -263,16 +261,15 @@ def _run(
 
 
 def _by_reads(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, past: Chunks
+    layout: ThoughtLayout, past: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    B, R, S = layout.B, layout.R, layout.S
-    own: Rows | _Grid = _Grid(S) if layout.packed_rows is None else layout.table("delta branches", _branch_rows)
+    own: Rows | _Grid = _Grid(layout.S) if layout.packed_rows is None else layout.table("delta branches", _branch_rows)
     blocks = layout.table("delta blocks", _blocks)
     q, k, v, g = (own.split(x) for x in (q, k, v, g))
-    seen = _causal(S, g.device)
+    seen = _causal(layout.S, g.device)
     decay = _decay(g, seen)
     start = _start(g, seen, decay)
-    read = _reader(blocks, past, None if decay is None else blocks.rows.split(own.joined(start)))
+    read = reader(blocks, past, None if decay is None else blocks.rows.split(own.joined(start)))
 
     def of_anchor(x: Tensor) -> Tensor:
         """What x reads of the state at the anchor."""
@@ -419,29 +416,33 @@ def blocks_of(anchor: Tensor, live: Tensor, L: int, most: int) -> Blocks:
     return Blocks(Rows(batch.expand(B, n), row, slot + batch * n * b), of_block, place)
 
 
-def _reader(blocks: Blocks, past: Chunks, own: Tensor | None) -> Callable[[Tensor], Tensor]:
+def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False) -> Callable[[Tensor], Tensor]:
     """A function of x [B,G,n,b,K] that gives [B,H,n,b,E], what each row reads of the state at its anchor.
 
-    ``own`` [B,H,n,b,1]: how much is left of that state in the branch, unless x has this.
+    Args:
+        own: [B,H,n,b,1], how much is left of that state in the branch; not with a decay for each channel, which is in x.
+        clean: NaN of the text counts as 0.
     """
-    chunks = past.w.shape[2]
+    chunks, n = past.w.shape[2], blocks.chunk.shape[1]
+    batch = torch.arange(blocks.chunk.shape[0], device=blocks.chunk.device)[:, None, None]
 
-    def index(heads: int) -> Tensor:
-        h = torch.arange(heads, device=blocks.chunk.device)[:, None]
-        return (blocks.rows.batch[:, None] * heads + h) * chunks + blocks.chunk[:, None]
+    def head(heads: int) -> Tensor:
+        return batch * heads + torch.arange(heads, device=batch.device)[:, None]
 
     def of_chunk(x: Tensor) -> Tensor:
-        return _take(x.flatten(0, 2), index(x.shape[1]))
+        x = _take(x.flatten(0, 2), head(x.shape[1]) * chunks + blocks.chunk[:, None])
+        return finite(x) if clean and x.is_floating_point() else x
 
     def of_row(x: Tensor) -> Tensor:
-        return _take(x.flatten(0, 3), index(x.shape[1])[..., None] * CHUNK + blocks.place[:, None])
+        block = head(x.shape[1]) * n + torch.arange(n, device=batch.device)
+        return _take(x.flatten(0, 3), block[..., None] * CHUNK + blocks.place[:, None])
 
-    S, w = of_chunk(past.states), of_chunk(past.w)
-    k, g, seen, decay = past.k, past.g, past.seen, past.decay
+    k, w, g, seen, S = (of_chunk(x) for x in past)
+    decay = _decay(g, seen)
     if decay is None or own is None:
         start = of_row(_start(g, seen, decay))
-        return lambda x: _plus(_read(x, S, start), _scores(x, k, g, seen, decay, of_row, of_chunk), w)
-    decay, k = of_row(decay) * own, of_chunk(k)
+        return lambda x: _plus(_read(x, S, start), _scores(x, k, g, seen, decay, of_row), w)
+    decay = of_row(decay) * own
     return lambda x: _plus(_read(x, S, decay[..., :1]), _scores(x, k, g, seen, decay), w)
 
 
@@ -522,7 +523,7 @@ def _plan(layout: ThoughtLayout) -> Plan:
 
 
 def _by_states(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, layout: ThoughtLayout, past: Chunks
+    layout: ThoughtLayout, past: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     rows, sizes, above, batch, anchor, first = layout.table("delta plan", _plan)
     if not sizes:
@@ -532,10 +533,10 @@ def _by_states(
     decay = _decay(g, seen)
     w, reads = _solved(k, v, g, None if beta is None else rows.split(beta), seen, decay)
     end, carry = _end(g, seen, decay)
-    end = (_heads(k, v.shape[1]) * end).mT
+    end = (spread(k, v.shape[1]) * end).mT
     S = _take(state_at(past, batch, anchor), first)[:, :, None]
     levels: list[Any] = [x if x is None else x.split(sizes) for x in (w, reads, end, carry)]
-    states, writes = _run(S, *levels, above)
+    states, writes = _run(S, above, *levels)
     w = torch.cat(writes)
     out = _out(q, k, w, g, seen, decay, torch.cat(states))
     return rows.joined(out), rows.joined(w)
@@ -543,16 +544,45 @@ def _by_states(
 
 def state_at(past: Chunks, batch: Tensor, position: Tensor) -> Tensor:
     """The states [A,H,K,E] after text rows ``position`` [A] of batch rows ``batch`` [A]."""
-    n = past.w.shape[2]
     chunk, place = position // CHUNK, position % CHUNK
 
     def of_chunk(x: Tensor) -> Tensor:
         heads = torch.arange(x.shape[1], device=x.device)
-        return _take(x.flatten(0, 2), (batch[:, None] * x.shape[1] + heads) * n + chunk[:, None])
+        return _take(x.flatten(0, 2), (batch[:, None] * x.shape[1] + heads) * x.shape[2] + chunk[:, None])
 
-    k, w, g, S = (of_chunk(x) for x in (past.k, past.w, past.g, past.states))
-    seen = past.seen[batch, :, chunk, place][..., None]  # [A,1,1+CHUNK,1]
+    k, w, g, seen, S = (of_chunk(x) for x in past)
+    seen = seen[torch.arange(len(place), device=place.device), :, place][..., None]  # [A,1,1+CHUNK,1]
     g = g.where((torch.arange(CHUNK, device=g.device) <= place[:, None])[:, None, :, None], 0)
-    end = _after(g).exp() * seen[:, :, 1:]
     carry = (g.sum(-2).exp() * seen[:, :, 0])[..., None]
-    return S * carry + (_heads(k, w.shape[1]) * end).mT @ w
+    return S * carry + (spread(k, w.shape[1]) * (_after(g).exp() * seen[:, :, 1:])).mT @ w
+
+
+def read_rows(x: Tensor, g: Tensor, text: tuple, states: Tensor, own: tuple, seen: Tensor, layout: ThoughtLayout) -> Tensor:
+    """What x [B,G,C,n,K] reads of the state before a row of each branch, after its decay g [B,H,C,1 or K]: [B,H,C,n,E].
+
+    Args:
+        text: k, w and g of the text's rows, not all finite.
+        states: [B,H,chunks,K,E], at the start of each chunk.
+        own: k [B,G,C,S,K], w [B,H,C,S,E] and g [B,H,C,S,1 or K] of the rows above on the branch's path.
+        seen: bool [B,C,S], which of these count.
+    """
+    H, channels = g.shape[1], g.shape[-1] > 1
+    k, w, decay = own
+    if channels:
+        x, k = spread(x, H), spread(k, H)
+    past = text_chunks(masks_of(layout), states, *text)
+    decay = decay.where(seen[:, None, ..., None], 0)
+    left = (decay.sum(3) + g).exp()
+    decay = (_after(decay) + g[:, :, :, None]).exp() * seen[:, None, ..., None]
+    scores = x @ (k * decay).mT if channels else spread(x @ k.mT, H) * decay.mT
+    if not layout.L:
+        return scores @ w
+    blocks = layout.table("delta decode blocks", _decode_blocks)
+    read = reader(blocks, past, None if channels else blocks.rows.split(left), clean=True)
+    reads = [blocks.rows.joined(read(blocks.rows.split(y * left if channels else y))) for y in x.unbind(3)]
+    return _plus(torch.stack(reads, 3), scores, w)
+
+
+def _decode_blocks(layout: ThoughtLayout) -> Blocks:
+    anchor = layout.branches.table[..., ANCHOR].long()
+    return blocks_of(anchor, anchor >= 0, layout.L, layout.P)
