@@ -13,8 +13,8 @@ are two ways to it, which give the same numbers to rounding:
   at once; only this serves trees. The host makes the plan, once per layout.
 
 **Choice.** With K = E, reads cost 4 K^2 + 8 CHUNK K + 6 S K multiplications and additions per row for branches of S rows, and
-states 6 K^2 + 6 CHUNK K + 2 CHUNK K^2 / S; they also keep K^2 / S numbers per row. These are equal at S of about 3/8 K. Reads
-are one step where states are S / CHUNK, so ``way`` takes reads up to S = K/2, and at least up to ``CHUNK``.
+states 6 K^2 + 6 CHUNK K + 2 CHUNK K^2 / S; they also keep K^2 / S numbers per row. These are equal at S of about 3/8 K. But
+states fill their last chunks only in part, and take S / CHUNK steps where reads take one. So ``way`` takes reads up to S = K.
 
 **Decay.** g is summed from one row to another, never by a difference of two sums, so that a strong decay costs no digits. With
 a decay for each channel, e^(sum from j to i) is split where the binary numbers of i and j part: both factors are at most 1.
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from ..branches import ANCHOR, LENGTH, PARENT, START
 from ..checks import has_values, on_host
@@ -48,14 +49,15 @@ def thought_delta(
     seen = masks_of(layout)
     outs, writes = [], []
     if text is None:
-        out, past = _text(seen, *[x if x is None else x[:, :, :L] for x in rows])
+        of_text: list[Any] = [x if x is None else x[:, :, :L] for x in rows]
+        out, past = _text(seen, *of_text)
         outs.append(out)
         writes.append(past.w.flatten(2, 3)[:, :, :L])
     else:
         past = text_chunks(seen, None, *text)
     if R and L and layout.P:  # else all are off
-        by = _by_reads if way(layout, k.shape[-1]) == "reads" else _by_states
-        out, w = by(layout, past, *[x if x is None else x[:, :, x.shape[2] - R :] for x in rows])
+        own: list[Any] = [x if x is None else x[:, :, x.shape[2] - R :] for x in rows]
+        out, w = (_by_reads if way(layout, k.shape[-1]) == "reads" else _by_states)(layout, past, *own)
     else:
         out = w = v.new_zeros(*v.shape[:2], R, v.shape[3])
     return torch.cat([*outs, out], 2), torch.cat([*writes, w], 2)
@@ -65,7 +67,7 @@ def way(layout: ThoughtLayout, K: int) -> str:
     """ "reads" or "states"; see the module's text."""
     if layout.parent is not None:
         return "states"
-    short = layout.rows <= max(K // 2, CHUNK)
+    short = layout.rows <= max(K, CHUNK)
     if layout.packed_rows is not None:  # a block for each branch, as long as the longest
         short = short and layout.P * layout.rows <= 4 * layout.R
     return "reads" if short or not has_values(layout.lo) or torch.compiler.is_compiling() else "states"
@@ -103,6 +105,11 @@ def chunk_masks(lo: Tensor) -> Tensor:
     lo = lo.view(B, 1, n, CHUNK, 1)
     begun = lo < torch.arange(0, n * CHUNK, CHUNK, device=lo.device)[:, None, None]
     return torch.cat([begun, (lo == lo.mT) & _causal(CHUNK, lo.device)[:, 1:]], -1)
+
+
+def known(x: Tensor) -> bool:
+    """Whether tables may be made for its values: nothing waits for them, and no compiled function keeps them."""
+    return on_host(x) and not torch.compiler.is_compiling()
 
 
 def _causal(rows: int, device: torch.device) -> Tensor:
@@ -181,13 +188,18 @@ def _scores(
         return spread(x @ k.mT, decay.shape[1]) * of_row(decay)[..., 1:]
     rows = k.shape[-2]
     i = torch.arange(rows, device=k.device)
-    part = i[:, None] ^ i  # from size to 2 size - 1: they are in the two halves of a block of 2 size rows
-    scores, size = (x @ k.mT) * of_row(seen[..., 1:] & (part == 0)), 1
-    while size < rows:
+    part = i[:, None] ^ i
+
+    def of_size(size: int, x: Tensor, k: Tensor, g: Tensor) -> Tensor:
+        """The scores of rows in one half of a block of 2 size rows with those in the other."""
         blocks = pad(g, (0, 0, 0, -rows % size)).unflatten(-2, (-1, size))
         before, after = (y.flatten(-3, -2)[..., :rows, :].exp() for y in (blocks.cumsum(-2), _after(blocks)))
-        apart = seen[..., 1:] & (part >= size) & (part < 2 * size)
-        scores = scores + ((x * of_row(before)) @ (k * after).mT) * of_row(apart)
+        return ((x * of_row(before)) @ (k * after).mT) * of_row(seen[..., 1:] & (part >= size) & (part < 2 * size))
+
+    scores, size = (x @ k.mT) * of_row(seen[..., 1:] & (part == 0)), 1
+    while size < rows:
+        # A backward makes these again, which would be four more copies of x and k for each size.
+        scores = scores + checkpoint(of_size, size, x, k, g, use_reentrant=False, preserve_rng_state=False)
         size *= 2
     return scores
 
@@ -253,10 +265,10 @@ def _run(
     writes: list[Tensor] = []
     for i, write in enumerate(w):
         if i:
-            S = S * carry[i - 1] + end[i - 1] @ writes[-1]
+            S = torch.addcmul(end[i - 1] @ writes[-1], S, carry[i - 1])
             S = S if above is None else _take(S, above[i - 1])
             states.append(S)
-        writes.append(write if reads is None else write - reads[i] @ S)
+        writes.append(write if reads is None else _plus(write, reads[i], -S))
     return states, writes
 
 
@@ -310,7 +322,7 @@ class Rows:
     def __init__(self, batch: Tensor, row: Tensor, slot: Tensor):
         self.batch, self.row, self.slot = batch, row, slot
         B, R = slot.shape
-        self.grid = on_host(row) and row.shape[0] == B and torch.equal(row.flatten(1), torch.arange(R).expand(B, R))
+        self.grid = known(row) and row.shape[0] == B and torch.equal(row.flatten(1), torch.arange(R).expand(B, R))
 
     def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
         """int64 [A,heads,n,b] and [B,heads,R] among flat rows."""
@@ -404,7 +416,7 @@ def blocks_of(anchor: Tensor, live: Tensor, L: int, most: int) -> Blocks:
     needed = (first.diff(dim=1) + b - 1) // b  # blocks of each chunk
     end = needed.cumsum(1)
     base = end - needed
-    n = int(end[:, -1].max()) if on_host(end) and B else R // b + min(chunks, most + 1, R)
+    n = int(end[:, -1].max()) if B and known(end) else R // b + min(chunks, most + 1, R)
     slot = base.gather(1, chunk) * b + torch.arange(R, device=device) - first.gather(1, chunk)
     block = torch.arange(n, device=device).expand(B, n).contiguous()
     of_block = torch.searchsorted(end, block, right=True).clamp(max=chunks - 1)
