@@ -8,10 +8,10 @@ imported, else when it is. A call without a layout is passed on as it came.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -143,8 +143,7 @@ class _WhenImported(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
         if name not in self.names:
             return None
-        self.names.remove(name)  # the search below comes here again
-        spec: Any = importlib.util.find_spec(name)
+        spec: Any = PathFinder.find_spec(name, path, target)  # importlib.util.find_spec would come here again
         if spec is not None:
             execute = spec.loader.exec_module
 
