@@ -16,21 +16,19 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import convolutions
 from quietstar.hf.modules import backbone
-from quietstar.hf.temporary import (
-    advance_states,
-    anchor_states,
-    text_states,
-    thought_delta_decode,
-)
 from quietstar_kernels import (
     DeltaRows,
     ThoughtLayout,
+    advance_states,
+    anchor_states,
     conv_tails,
+    text_states,
     thought_attention,
     thought_conv,
     thought_conv_decode,
     thought_decode,
     thought_delta,
+    thought_delta_decode,
 )
 
 

@@ -17,8 +17,7 @@ from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.modules import embeddings
-from quietstar.hf.temporary import text_states
-from quietstar_kernels import DeltaRows, ThoughtLayout
+from quietstar_kernels import DeltaRows, ThoughtLayout, text_states
 from quietstar_kernels.linear_logprob import GPU_PART, default_keep_bytes
 
 # Extra copies of a text position's keys and values when anchors run in chunks: the chunk's own, and the summed gradients.
@@ -45,7 +44,7 @@ class StepMemory:
         mixing: the mixing head, the mixed states and the inputs of the LM head.
         head_on_cpu: the logits that the LM head keeps, a chunk of logits, and the head's gradient while it is accumulated.
         head_on_gpu: the same on a GPU, where the head may keep more, and its backward takes more with more rows.
-        rollout: keys and values of the text and of T rows of each thought, states, and weights that are gathered for them alone.
+        rollout: keys and values of the text and of T rows of each thought, states, and weights gathered for them alone.
         largest: the largest trained weight.
         gpu_bytes: the memory of the GPU.
     """

@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 from quietstar.hf.decoder import LeafPass, Own, ThoughtPass, decode_rows, own_room, recur_step, write_row
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
-from quietstar.hf.temporary import text_states
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Thoughts, on_device
 from quietstar.thinking.text_thoughts import Marks
-from quietstar_kernels import DeltaRows, ThoughtLayout, thought_conv_decode, thought_decode
+from quietstar_kernels import DeltaRows, ThoughtLayout, text_states, thought_conv_decode, thought_decode
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
 NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
