@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 from transformers.activations import ACT2FN
 
 from quietstar.hf.architectures import RECURRENT_FILES, convolutions
-from quietstar.hf.decoder import PackedPass, ThoughtPass
+from quietstar.hf.decoder import ALL_ONES, PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import refusal
 
@@ -116,8 +116,21 @@ def _with_layouts(original: Callable[..., Any], ours: Callable[..., Any]) -> Cal
     return function
 
 
+def _without_looking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers reads a mask to see whether it is all ones; that of ``decode_rows`` is, and CUDA graphs can't read it."""
+
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and hasattr(kwargs.get("attention_mask"), ALL_ONES):
+            return None
+        return original(*args, **kwargs)
+
+    return function
+
+
 def take_layouts(file: ModuleType) -> None:
     """Replace the functions of one of transformers' files."""
+    file.create_recurrent_attention_mask = _without_looking(file.create_recurrent_attention_mask)  # type: ignore[attr-defined]
     for name, ours in _FUNCTIONS.items():
         if original := getattr(file, name, None):
             setattr(file, name, _with_layouts(original, ours))

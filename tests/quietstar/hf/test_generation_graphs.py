@@ -29,7 +29,8 @@ def generated(qs, number, lengths=(9, 6), **options):
 HOW = {"greedy": {}, "sampled": {"thoughts": 3, "sample_thoughts": True, "seed": 2**63 + 5}, "sometimes": {"think": None}}
 
 
-LONG = [pytest.param(*case, marks=pytest.mark.long) for case in (("gpt2", "greedy"), ("gpt_oss", "sometimes"))]
+MORE = (("gpt2", "greedy"), ("gpt_oss", "sometimes"), ("qwen3_5_text", "sampled"), ("granitemoehybrid", "greedy"))
+LONG = [pytest.param(*case, marks=pytest.mark.long) for case in MORE]
 
 
 @pytest.mark.parametrize("name, how", [("llama", "sampled"), *LONG])
