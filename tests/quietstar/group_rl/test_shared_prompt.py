@@ -128,13 +128,14 @@ def test_prompts_and_completions_that_begin_alike(tiny, trainer):
     check_equal(stock, ours, inputs)
 
 
-# A window and soft caps; a scale of logits; normalised queries and keys; experts; layers that drop the layout.
-@pytest.mark.parametrize(
-    "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.long) for x in ("granite", "qwen3", "mixtral", "stablelm"))]
-)
+# A window and soft caps; a scale of logits; normalised queries and keys; experts; layers that drop the layout; recurrent ones.
+MORE = ("granite", "qwen3", "mixtral", "stablelm", "granitemoehybrid", "lfm2")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_5_text", *(pytest.param(x, marks=pytest.mark.long) for x in MORE)])
 def test_architectures(tiny, trainer, name, monkeypatch):
     monkeypatch.setitem(tiny.__globals__["ARCHITECTURES"], "stablelm", {})
-    options = {"router_aux_loss_coef": 0.0} if name == "mixtral" else {}
+    options = {"router_aux_loss_coef": 0.0} if name in ("mixtral", "granitemoehybrid") else {}
     stock, ours = (trainer(cls, tiny(name), **options) for cls in (GRPOTrainer, SharedGRPO))
     check_equal(stock, ours, batch(order=SHUFFLED), bound=5e-5)  # fp32: some can't run in fp64
 

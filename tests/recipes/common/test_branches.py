@@ -21,6 +21,7 @@ from quietstar_recipes.common.sampling import rollout
 from quietstar_recipes.common.training import SFTConfig
 from quietstar_recipes.tasks import WordProblems
 from tests.quietstar.common import assert_same_gradients
+from tests.quietstar.conftest import make_model
 from tests.recipes.conftest import ALWAYS, counted
 
 
@@ -29,12 +30,14 @@ def task():
     return WordProblems()
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "qwen3_5_text"])
 def model(request, task):
     torch.manual_seed(0)
     V = len(task.tokenizer)
     if request.param == "gpt2":
         made = small_model(task, width=32, heads=2, positions=64)
+    elif request.param == "qwen3_5_text":
+        made = make_model("qwen3_5_text", vocab_size=V, hidden_size=32)
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
         made = LlamaForCausalLM(LlamaConfig(vocab_size=V, num_attention_heads=4, num_key_value_heads=2, **sizes))
@@ -64,9 +67,11 @@ def test_scores_and_gradients_are_the_same(model, both, task):
         model.zero_grad()
         values, mask = logprob(model, prompts, completions)
         (values * weights).sum().backward()
-        return values.detach(), mask, [x.grad.clone() for x in model.parameters()]
+        return (values.detach(), mask), {name: x.grad.clone() for name, x in model.named_parameters()}
 
-    torch.testing.assert_close(*both(step), atol=1e-5, rtol=1e-5)
+    (rows, grads), (shared, shared_grads) = both(step)
+    torch.testing.assert_close(rows, shared, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(shared_grads, grads)
 
 
 def test_logits_are_the_same(model, both, task):
