@@ -63,9 +63,13 @@ class GroupCase(LlamaCase):
         rows = self.B * self.L + int(own.sum()) - len(own) - saved
         seen = self.B * self.L * (self.L + 1) / 2 + int((own * self.L + own * (own + 1) / 2).sum())
         seen -= saved * (self.L + (self.turn + 1) / 2)
-        layers = 2 * rows * self.matrices + self.layers * 4 * self.K * self.H * seen
+        layers = 2 * rows * self.matrices + self.mixing(rows, seen)
         head, generated = 2 * (int(own.sum()) - saved) * self.D * self.V, self.what == WHOLE_STEP
         return Work((3 + self.checkpointing + generated) * layers + (3 + generated) * head)
+
+    def mixing(self, rows: float, pairs: float) -> float:
+        """FLOPs by which all layers mix positions: attention, of so many pairs of a row and one it sees."""
+        return self.layers * 4 * self.K * self.H * pairs
 
     def inputs(self, seed: int) -> Inputs:
         """What TRL gives the loss: prompts repeated C times, completions padded on the right."""

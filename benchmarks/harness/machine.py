@@ -30,6 +30,7 @@ PACKAGES = (
     "vllm",
     "trl",
     "prefix-grouper",
+    "fla-core",
 )
 
 

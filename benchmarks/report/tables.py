@@ -20,6 +20,7 @@ TITLES = {
     "step": "Whole models",
     "naive": "Thoughts at all positions: at once or one after another",
     "group_rl": "Group RL: a step of TRL's GRPOTrainer",
+    "hybrid": "Hybrid models: branches through recurrent layers",
     "online": "RL on ordinary text: long thoughts at a few anchors",
     "memory": "Memory on long texts",
     "host": "Host time",

@@ -1,0 +1,258 @@
+"""Hybrid models: branches through a recurrent layer, the gated delta rule of Qwen3.5, and a GRPO step of a small Qwen3.5 shape.
+
+"headline": N thoughts of S rows at every position of a text. "group": N branches on its last position, as in group RL. Against
+a sequence for each branch, which repeats the text, through the functions that transformers calls; and against states, one row
+after another. Copies are ready-made, 64 sequences at a time, by length. All take what the model's layer has: queries and keys
+are normalised in the clock. "GRPO" is the benchmark of ``group_rl`` with random weights of ``qwen3_5_text``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_group_rl import STOCK, WHOLE_STEP, GroupCase, no_trl, prepare, shared
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
+from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
+from quietstar_kernels import ThoughtLayout, thought_delta
+
+OP = "hybrid"
+BOTH = ("forward", "forward+backward")
+TOGETHER = 64  # sequences of a baseline's call
+NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
+MODELING = "transformers.models.qwen3_5.modeling_qwen3_5"
+
+# q, k [B,rows,H,K], v [B,rows,H,K], g, beta [B,rows,H] to [B,rows,H,K].
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A rule for ordinary sequences, which gets every branch after a copy of its text."""
+
+    rule: Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaCase(Case):
+    """The rule over a text of L tokens, with N branches of S rows at each of the last P positions."""
+
+    op: ClassVar[str] = OP
+    size_names = tuple("LPNSHK")
+    rotates: ClassVar[bool] = False  # what a call keeps is larger than the cache
+    L: int = 256
+    P: int = 256
+    N: int = 2
+    S: int = 14
+    H: int = 4
+    K: int = 64
+
+    @cached_property
+    def layout(self) -> ThoughtLayout:
+        if self.P == self.L:
+            return ThoughtLayout.every_position(1, self.L, self.N, self.S, self.device)
+        return ThoughtLayout.packed(self.anchors[None], torch.full_like(self.anchors, self.S)[None], self.L)
+
+    @property
+    def anchors(self) -> Tensor:
+        """int64 [P*N]."""
+        return torch.arange(self.L - self.P, self.L, device=self.device).repeat_interleave(self.N)
+
+    @cached_property
+    def copies(self) -> list[Tensor]:
+        """int64 [n,rows] for each call of a baseline: a branch's text, its rows, and -1 up to the longest of the call."""
+        found = []
+        for first in range(0, self.P * self.N, TOGETHER):
+            p = self.anchors[first : first + TOGETHER, None]
+            branch = first + torch.arange(len(p), device=self.device)[:, None]
+            t = torch.arange(int(p.max()) + 1 + self.S, device=self.device)
+            own = self.L + branch * self.S + t - p - 1
+            found.append(torch.where(t <= p, t, torch.where(t - p <= self.S, own, -1)))
+        return found
+
+    def work(self) -> Work:
+        """Of a row and head: the decay, two reads and a write of a state [K,K]. Inputs, output and gradients once."""
+        rows, passes = self.layout.M * self.H, 1 + 2 * (self.what == BOTH[1])
+        return Work(passes * 7 * rows * self.K**2, passes * 4 * rows * self.K * self.dtype.itemsize)
+
+    def inputs(self, seed: int) -> Inputs:
+        shape = (1, self.layout.M, self.H)
+        q, k, v, grad_out = (self.randn(5 * seed + i, *shape, self.K) for i in range(4))
+        g, beta = torch.rand(2, *shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
+        packed = (q, k, v, -0.3 * g, beta.to(self.dtype), grad_out)
+        count = torch.cat([rows[rows >= 0] for rows in self.copies]).bincount(minlength=shape[1])
+        shares = [*packed[:-1], grad_out / count[:, None, None]]  # the copies' gradients are added up
+        copies = [tuple(x[0, rows.clamp(min=0)].where(_shown(rows, x), 0) for x in shares) for rows in self.copies]
+        return {"packed": [packed], "copies": copies}
+
+    def call(self, function: Rule | Repeated, inputs: Inputs) -> list[tuple[Tensor, ...]]:
+        """out, and with a backward the gradients; of each call with copies for a candidate that takes these."""
+        rule, calls = (function.rule, "copies") if isinstance(function, Repeated) else (function, "packed")
+        results = []
+        for *tensors, grad_out in inputs[calls]:
+            if self.what == "forward":
+                with torch.no_grad():
+                    results.append((rule(*tensors),))
+                continue
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            out = rule(*leaves)
+            results.append((out, *torch.autograd.grad(out, leaves, grad_out)))
+        return results
+
+    def check(self, function: Rule | Repeated) -> None:
+        """Compare all rows with those of the reference in fp32."""
+        results = self.call(function, self.inputs(seed=0))
+        got = self._gathered(results) if isinstance(function, Repeated) else [x[0] for x in results[0]]
+        for name, mine, truth in zip(NAMES, got, self._truth, strict=False):
+            judge(name, mine, truth, BOUNDS[self.dtype])
+
+    @cached_property
+    def _truth(self) -> list[Tensor]:
+        inputs = self.inputs(seed=0)
+        wide = {"packed": [tuple(x.float() for x in inputs["packed"][0])]}
+        return [x.detach()[0] for x in self.call(packed(self, "reference"), wide)[0]]
+
+    def _gathered(self, results: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Results of copies in the shapes of packed ones: the gradients of a row's copies are added up."""
+        found = [torch.zeros(self.layout.M, *x.shape[2:], device=self.device) for x in results[0]]
+        for rows, result in zip(self.copies, results, strict=True):
+            found[0][rows[rows >= 0]] = result[0][rows >= 0].detach().float()
+            for to, x in zip(found[1:], result[1:], strict=True):
+                to.index_add_(0, rows[rows >= 0], x[rows >= 0].float())
+        return found
+
+
+def _shown(rows: Tensor, x: Tensor) -> Tensor:
+    """Where ``rows`` of x[0] are there, in the shape of these."""
+    return (rows >= 0).view(*rows.shape, *(1,) * (x.ndim - 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerCase(GroupCase):
+    """A GRPO step of Qwen3.5: three recurrent layers, then one of attention, whose heads have the same width."""
+
+    op: ClassVar[str] = OP
+    grid: str = "GRPO"
+
+    def model(self, device: torch.device | None = None) -> torch.nn.Module:
+        from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+        config = Qwen3_5TextConfig(
+            vocab_size=self.V,
+            hidden_size=self.D,
+            intermediate_size=self.I,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.H,
+            num_key_value_heads=self.G,
+            head_dim=self.K,
+            linear_num_key_heads=self.H,
+            linear_num_value_heads=self.H,
+            linear_key_head_dim=self.K,
+            linear_value_head_dim=self.K,
+            initializer_range=self.D**-0.5,
+            max_position_embeddings=self.L + self.T,
+            pad_token_id=0,
+            eos_token_id=1,
+            dtype=self.dtype,
+        )
+        torch.manual_seed(0)
+        with device or self.device:
+            return Qwen3_5ForCausalLM(config).to(self.dtype)
+
+    @property
+    def matrices(self) -> int:
+        return sum(x.numel() for x in self.model(torch.device("meta")).model.layers.parameters() if x.ndim == 2)
+
+    def mixing(self, rows: float, pairs: float) -> float:
+        return super().mixing(rows, pairs) / 4 + 0.75 * self.layers * 7 * self.K**2 * self.H * rows
+
+
+def packed(case: DeltaCase, backend: str = "auto") -> Rule:
+    layout = case.layout
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        q, k = (_normalised(x.float()) for x in (q, k))
+        rows = [x.transpose(1, 2) for x in (q * case.K**-0.5, k, v, g, beta)]
+        return thought_delta(*rows, layout, backend=backend)[0].transpose(1, 2)
+
+    return rule
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def of_transformers(case: DeltaCase) -> Repeated:
+    """Its PyTorch, which it takes where FLA isn't installed."""
+    return _repeated(inspect.unwrap(importlib.import_module(MODELING).torch_chunk_gated_delta_rule))
+
+
+def of_fla(case: DeltaCase) -> Repeated:
+    return _repeated(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule)
+
+
+def _repeated(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Repeated:
+    return Repeated(lambda q, k, v, g, beta: rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0])
+
+
+def no_qwen(case: Case) -> str | None:
+    return None if importlib.util.find_spec(MODELING) else "this release of transformers has no Qwen3.5"
+
+
+def no_fla(case: Case) -> str | None:
+    return "this kernel is for GPUs" if case.device.type == "cpu" else not_installed("fla-core")
+
+
+def states(case: DeltaCase) -> Work:
+    """What autograd keeps of each row: its state, and what it was made from."""
+    return Work(bytes=5 * 4 * case.layout.M * case.H * case.K**2 * (case.what == BOTH[1]))
+
+
+REPEATED = [
+    Candidate("repeated text, transformers' PyTorch", of_transformers, "transformers", no_qwen),
+    Candidate("repeated text, FLA", of_fla, "fla-core", no_fla),
+    Candidate("sequential states", lambda case: packed(case, "reference"), PACKAGE, needs=states),
+]
+
+
+def ours(case: Case) -> Callable:
+    return prepare(shared)(case) if isinstance(case, TrainerCase) else packed(case)
+
+
+OURS = Candidate("this package", ours, PACKAGE, lambda case: no_trl(case) if isinstance(case, TrainerCase) else None)
+
+
+def candidates(case: Case) -> list[Candidate]:
+    return [replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))] if isinstance(case, TrainerCase) else REPEATED
+
+
+def cases(device: torch.device, full: bool) -> Iterator[Case]:
+    """The most important cases first."""
+    gpu = device.type == "cuda"
+    head = DeltaCase(device=device, **({"H": 16, "K": 128, "dtype": torch.bfloat16} if gpu else {}))
+    group = replace(head, grid="group", P=1, N=8)
+    for case in (head, replace(group, L=512, S=128), replace(group, L=2048, S=256)):
+        yield from (replace(case, what=what) for what in BOTH)
+    wide = {"layers": 24, "D": 1024, "I": 3072, "H": 16, "G": 4, "width": 128, "V": 151936, "dtype": torch.bfloat16}
+    step = TrainerCase(device=device, **(wide if gpu else {}))
+    yield step
+    yield replace(step, what=WHOLE_STEP)
+
+
+def smoke(device: torch.device) -> list[Case]:
+    """The smallest cases that run every candidate."""
+    small = DeltaCase(L=40, P=40, S=3, H=2, K=8, device=device)
+    step = TrainerCase(B=2, L=8, C=2, T=6, D=32, I=48, H=2, G=1, V=80, device=device)
+    group = replace(small, grid="group", P=1, N=3)
+    return [*(replace(case, what=what) for case in (small, group) for what in BOTH), step, replace(step, what=WHOLE_STEP)]
+
+
+BENCHMARK = Benchmark(OP, OURS, candidates, cases, smoke)
