@@ -2,8 +2,9 @@
 
 "headline": N thoughts of S rows at every position of a text. "group": N branches on its last position, as in group RL. Against
 a sequence for each branch, which repeats the text, through the functions that transformers calls; and against states, one row
-after another. Copies are ready-made, 64 sequences at a time, by length. All take what the model's layer has: queries and keys
-are normalised in the clock. "GRPO" is the benchmark of ``group_rl`` with random weights of ``qwen3_5_text``.
+after another. Copies are ready-made, 64 sequences in a call, by length. "decode": one new row of every branch, over what
+earlier rows left, against a state for each branch. All take what a layer has: queries and keys are normalised in the clock.
+"GRPO" is the benchmark of ``group_rl`` with a Qwen3.5 of random weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from benchmarks.bench_group_rl import STOCK, WHOLE_STEP, GroupCase, no_trl, prep
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
-from quietstar_kernels import ThoughtLayout, thought_delta
+from quietstar_kernels import DeltaRows, ThoughtLayout, thought_delta
+from quietstar_kernels.thought_delta_decode import text_states, thought_delta_decode
 
+T = TypeVar("T")
 OP = "hybrid"
 BOTH = ("forward", "forward+backward")
 TOGETHER = 64  # sequences of a baseline's call
@@ -83,13 +86,17 @@ class DeltaCase(Case):
         rows, passes = self.layout.M * self.H, 1 + 2 * (self.what == BOTH[1])
         return Work(passes * 7 * rows * self.K**2, passes * 4 * rows * self.K * self.dtype.itemsize)
 
-    def inputs(self, seed: int) -> Inputs:
+    def rows(self, seed: int) -> tuple[Tensor, ...]:
+        """q, k, v, g, beta and the gradient of the output, of all rows."""
         shape = (1, self.layout.M, self.H)
         q, k, v, grad_out = (self.randn(5 * seed + i, *shape, self.K) for i in range(4))
         g, beta = torch.rand(2, *shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
-        packed = (q, k, v, -0.3 * g, beta.to(self.dtype), grad_out)
-        count = torch.cat([rows[rows >= 0] for rows in self.copies]).bincount(minlength=shape[1])
-        shares = [*packed[:-1], grad_out / count[:, None, None]]  # the copies' gradients are added up
+        return q, k, v, -0.3 * g, beta.to(self.dtype), grad_out
+
+    def inputs(self, seed: int) -> Inputs:
+        packed = self.rows(seed)
+        count = torch.cat([rows[rows >= 0] for rows in self.copies]).bincount(minlength=self.layout.M)
+        shares = [*packed[:-1], packed[-1] / count[:, None, None]]  # the copies' gradients are added up
         copies = [tuple(x[0, rows.clamp(min=0)].where(_shown(rows, x), 0) for x in shares) for rows in self.copies]
         return {"packed": [packed], "copies": copies}
 
@@ -116,8 +123,7 @@ class DeltaCase(Case):
 
     @cached_property
     def _truth(self) -> list[Tensor]:
-        inputs = self.inputs(seed=0)
-        wide = {"packed": [tuple(x.float() for x in inputs["packed"][0])]}
+        wide = {"packed": [tuple(x.float() for x in self.rows(seed=0))]}
         return [x.detach()[0] for x in self.call(packed(self, "reference"), wide)[0]]
 
     def _gathered(self, results: list[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -133,6 +139,53 @@ class DeltaCase(Case):
 def _shown(rows: Tensor, x: Tensor) -> Tensor:
     """Where ``rows`` of x[0] are there, in the shape of these."""
     return (rows >= 0).view(*rows.shape, *(1,) * (x.ndim - 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCase(DeltaCase):
+    """Row ``step`` of every branch."""
+
+    size_names = (*DeltaCase.size_names, "step")
+    grid: str = "decode"
+    step: int = 13
+
+    def work(self) -> Work:
+        """As above; what the text's and the branches' rows left is read once."""
+        branches = self.P * self.N
+        numbers = (self.L + branches * (self.step + 4)) * self.H * 2 * self.K
+        return Work(7 * branches * self.H * self.K**2, numbers * 4)
+
+    def inputs(self, seed: int) -> Inputs:
+        """The rows of this step; what the rows before them left, and the states that this comes to."""
+        *rows, _ = self.rows(seed)
+        q, k, v, g, beta = for_op(*rows)
+        left = (k, thought_delta(q, k, v, g, beta, self.layout)[1], g)
+        text = DeltaRows(*(x[:, :, : self.L] for x in left))
+        own = DeltaRows(*(self._branches(x, 2).clone() for x in left))
+        k, w, decay = text.k[0], text.w[0], text.g[0].exp()
+        state, states = k.new_zeros(self.H, self.K, self.K), []
+        for t in range(self.L):
+            state = state * decay[:, t, None, None] + k[:, t, :, None] * w[:, t, None]
+            states.append(state)
+        state = torch.stack(states)[self.anchors]  # [P*N,H,K,K]
+        k, w, decay = (x[0].transpose(0, 1) for x in (own.k, own.w, own.g.exp()))
+        for s in range(self.step):
+            state = state * decay[:, :, s, None, None] + k[:, :, s, :, None] * w[:, :, s, None]
+        now = [self._branches(x, 1)[:, :, self.step] for x in rows]
+        return {"now": now, "text": text, "chunks": text_states(text, self.layout.lo), "own": own, "state": state}
+
+    def _branches(self, x: Tensor, dim: int) -> Tensor:
+        """The branches' rows of all rows in a dimension."""
+        return x.narrow(dim, self.L, self.layout.R).unflatten(dim, (self.P * self.N, self.S))
+
+    @torch.no_grad()
+    def call(self, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        return function(inputs)
+
+    def check(self, function: Callable[[Inputs], Tensor]) -> None:
+        wide = [x.float() for x in self.rows(seed=0)[:-1]]
+        truth = self._branches(packed(self, "reference")(*wide), 1)[:, :, self.step]
+        judge("out", self.call(function, self.inputs(seed=0)), truth, BOUNDS[self.dtype])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,28 +232,53 @@ def packed(case: DeltaCase, backend: str = "auto") -> Rule:
     layout = case.layout
 
     def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        q, k = (_normalised(x.float()) for x in (q, k))
-        rows = [x.transpose(1, 2) for x in (q * case.K**-0.5, k, v, g, beta)]
-        return thought_delta(*rows, layout, backend=backend)[0].transpose(1, 2)
+        return thought_delta(*for_op(q, k, v, g, beta), layout, backend=backend)[0].transpose(1, 2)
 
     return rule
 
 
-def _normalised(x: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+def for_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
+    """A layer's rows as ``thought_delta`` takes them."""
+    q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q.float(), k.float()))
+    return [x.transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta)]
 
 
-def of_transformers(case: DeltaCase) -> Repeated:
+def reread(case: DecodeCase) -> Callable[[Inputs], Tensor]:
+    layout, step = case.layout, torch.tensor(case.step, dtype=torch.int32, device=case.device)
+
+    def decode(inputs: Inputs) -> Tensor:
+        q, k, v, g, beta = for_op(*inputs["now"])
+        own = inputs["own"]
+        out, w = thought_delta_decode(q, k, v, g, beta, inputs["text"], inputs["chunks"], own, layout, step)
+        for rows, new in zip(own, (k, w, g), strict=True):
+            rows[:, :, :, case.step] = new
+        return out.transpose(1, 2)
+
+    return decode
+
+
+def of_transformers(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Its PyTorch, which it takes where FLA isn't installed."""
-    return _repeated(inspect.unwrap(importlib.import_module(MODELING).torch_chunk_gated_delta_rule))
+    return inspect.unwrap(getattr(importlib.import_module(MODELING), name))
 
 
-def of_fla(case: DeltaCase) -> Repeated:
-    return _repeated(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule)
+def of_fla(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return getattr(importlib.import_module("fla.ops.gated_delta_rule"), name)
 
 
-def _repeated(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Repeated:
+def repeated(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Repeated:
     return Repeated(lambda q, k, v, g, beta: rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0])
+
+
+def with_states(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[[Inputs], Tensor]:
+    """A sequence of one row for each branch, after its state."""
+
+    def decode(inputs: Inputs) -> Tensor:
+        q, k, v, g, beta = (x.transpose(0, 1) for x in inputs["now"])
+        options = {"initial_state": inputs["state"], "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        return rule(q, k, v, g=g, beta=beta, **options)[0].transpose(0, 1)
+
+    return decode
 
 
 def no_qwen(case: Case) -> str | None:
@@ -216,22 +294,43 @@ def states(case: DeltaCase) -> Work:
     return Work(bytes=5 * 4 * case.layout.M * case.H * case.K**2 * (case.what == BOTH[1]))
 
 
-REPEATED = [
-    Candidate("repeated text, transformers' PyTorch", of_transformers, "transformers", no_qwen),
-    Candidate("repeated text, FLA", of_fla, "fla-core", no_fla),
+SEQUENCES = [
+    Candidate(
+        "repeated text, transformers' PyTorch",
+        lambda case: repeated(of_transformers("torch_chunk_gated_delta_rule")),
+        "transformers",
+        no_qwen,
+    ),
+    Candidate("repeated text, FLA", lambda case: repeated(of_fla("chunk_gated_delta_rule")), "fla-core", no_fla),
     Candidate("sequential states", lambda case: packed(case, "reference"), PACKAGE, needs=states),
 ]
+STATES = [
+    Candidate(
+        "a state per branch, transformers' PyTorch",
+        lambda case: with_states(of_transformers("torch_recurrent_gated_delta_rule")),
+        "transformers",
+        no_qwen,
+    ),
+    Candidate(
+        "a state per branch, FLA", lambda case: with_states(of_fla("fused_recurrent_gated_delta_rule")), "fla-core", no_fla
+    ),
+]
+TRL = replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))
 
 
-def ours(case: Case) -> Callable:
-    return prepare(shared)(case) if isinstance(case, TrainerCase) else packed(case)
-
-
-OURS = Candidate("this package", ours, PACKAGE, lambda case: no_trl(case) if isinstance(case, TrainerCase) else None)
+def ours(case: Case) -> Callable[..., Any]:
+    return _of(case, packed, reread, prepare(shared))(case)
 
 
 def candidates(case: Case) -> list[Candidate]:
-    return [replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))] if isinstance(case, TrainerCase) else REPEATED
+    return _of(case, SEQUENCES, STATES, [TRL])
+
+
+def _of(case: Case, rule: T, decode: T, step: T) -> T:
+    return step if isinstance(case, TrainerCase) else decode if isinstance(case, DecodeCase) else rule
+
+
+OURS = Candidate("this package", ours, PACKAGE, lambda case: TRL.why_not(case) if isinstance(case, TrainerCase) else None)
 
 
 def cases(device: torch.device, full: bool) -> Iterator[Case]:
@@ -244,6 +343,7 @@ def cases(device: torch.device, full: bool) -> Iterator[Case]:
     wide = {"layers": 24, "D": 1024, "I": 3072, "H": 16, "G": 4, "width": 128, "V": 151936, "dtype": torch.bfloat16}
     step = TrainerCase(device=device, **(wide if gpu else {}))
     yield step
+    yield DecodeCase(H=head.H, K=head.K, dtype=head.dtype, device=device)
     yield replace(step, what=WHOLE_STEP)
 
 
@@ -252,7 +352,13 @@ def smoke(device: torch.device) -> list[Case]:
     small = DeltaCase(L=40, P=40, S=3, H=2, K=8, device=device)
     step = TrainerCase(B=2, L=8, C=2, T=6, D=32, I=48, H=2, G=1, V=80, device=device)
     group = replace(small, grid="group", P=1, N=3)
-    return [*(replace(case, what=what) for case in (small, group) for what in BOTH), step, replace(step, what=WHOLE_STEP)]
+    decode = DecodeCase(L=40, P=40, S=3, H=2, K=8, step=2, device=device)
+    return [
+        *(replace(case, what=what) for case in (small, group) for what in BOTH),
+        decode,
+        step,
+        replace(step, what=WHOLE_STEP),
+    ]
 
 
 BENCHMARK = Benchmark(OP, OURS, candidates, cases, smoke)
