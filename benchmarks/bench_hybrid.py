@@ -31,7 +31,7 @@ OP = "hybrid"
 BOTH = ("forward", "forward+backward")
 TOGETHER = 64  # sequences of a baseline's call
 NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
-MODELING = "transformers.models.qwen3_5.modeling_qwen3_5"
+QWEN = "transformers.models.qwen3_5"
 
 # q, k [B,rows,H,K], v [B,rows,H,K], g, beta [B,rows,H] to [B,rows,H,K].
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -259,7 +259,7 @@ def reread(case: DecodeCase) -> Callable[[Inputs], Tensor]:
 
 def of_transformers(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Its PyTorch, which it takes where FLA isn't installed."""
-    return inspect.unwrap(getattr(importlib.import_module(MODELING), name))
+    return inspect.unwrap(getattr(importlib.import_module(f"{QWEN}.modeling_qwen3_5"), name))
 
 
 def of_fla(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -282,7 +282,7 @@ def with_states(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[[
 
 
 def no_qwen(case: Case) -> str | None:
-    return None if importlib.util.find_spec(MODELING) else "this release of transformers has no Qwen3.5"
+    return None if importlib.util.find_spec(QWEN) else "this release of transformers has no Qwen3.5"
 
 
 def no_fla(case: Case) -> str | None:
