@@ -23,8 +23,8 @@ from benchmarks.bench_group_rl import STOCK, WHOLE_STEP, GroupCase, no_trl, prep
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
-from quietstar_kernels import DeltaRows, ThoughtLayout, thought_delta
-from quietstar_kernels.thought_delta_decode import text_states, thought_delta_decode
+from quietstar_kernels import DeltaRows, ThoughtLayout, thought_delta, thought_delta_decode
+from quietstar_kernels.thought_delta_decode import text_states
 
 T = TypeVar("T")
 OP = "hybrid"

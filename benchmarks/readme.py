@@ -1,5 +1,5 @@
-"""Write the README's chart, the tables of docs/performance.md and docs/branches.md, and the results pages, from the committed
-results.
+"""Write the README's chart, the tables of docs/performance.md, docs/branches.md and docs/hybrid-models.md, and the results pages,
+from the committed results.
 
 python -m benchmarks.readme
 """
@@ -16,7 +16,9 @@ from benchmarks.report.committed import write_block
 from benchmarks.report.plots import BASELINE_COLORS, OURS_COLOR
 
 ROOT = Path(__file__).parents[1]
-PERFORMANCE, BRANCHES, CHART = (ROOT / "docs" / name for name in ("performance.md", "branches.md", "performance.svg"))
+PERFORMANCE, BRANCHES, HYBRID, CHART = (
+    ROOT / "docs" / name for name in ("performance.md", "branches.md", "hybrid-models.md", "performance.svg")
+)
 SHOWN = ("headline", "Llama 8B, LoRA")  # grids
 IN_DOUBT = "Its copy rate is in doubt, so shares of a copy may be too high ([log](log.md))."
 # What the chart calls the headline cases that it shows, in its order.
@@ -31,6 +33,8 @@ CHARTED = {
     ("thought_decode", "forward"): "thoughts: a decoding step",
     ("step", "rollout"): "thoughts: sampling all",
     ("step", "training step"): "thoughts: a training step",
+    ("hybrid", "forward"): "hybrid models: a recurrent layer, forward",
+    ("hybrid", "forward+backward"): "hybrid models: a recurrent layer, with backward",
     ("online", "step"): "long thoughts: a training step of RLP",
     ("sample_token", "forward"): "sampling a token",
     ("linear_logprob", "forward"): "log-probabilities, forward",
@@ -73,7 +77,7 @@ def is_rival(row: results_file.RowDict) -> bool:
 
 def chart(folder: Path = pages.RESULTS) -> str:
     """An SVG: for each device and headline case, how many times as long the fastest alternative takes."""
-    height, names, unit = 19, 310, 34  # of a line; width of the names, and of once as long
+    height, names = 19, 310  # of a line; width of the names
     lines: list[tuple[str, float | None, str]] = []
     for path in pages.all_results(folder):
         results = results_file.load(path)
@@ -85,6 +89,7 @@ def chart(folder: Path = pages.RESULTS) -> str:
         if fastest:
             lines.append((results["machine"]["device"], None, ""))
         lines += [(CHARTED[x], fastest[x]["times_ours"], fastest[x]["candidate"]) for x in CHARTED if x in fastest]
+    unit = min(34, 310 / max((times or 1 for _, times, _ in lines), default=1))  # width of once as long
     shapes = []
     for i, (name, times, rival) in enumerate(lines):
         y = 58 + i * height
@@ -98,7 +103,7 @@ def chart(folder: Path = pages.RESULTS) -> str:
             f'<text x="{end + 6:.1f}" y="{y}"><tspan font-weight="bold">{units.number(times)}</tspan>'
             f' <tspan fill="#555555">{escape(rival)}</tspan></text>',
         ]
-    bottom, one = 50 + len(lines) * height, names + unit
+    bottom, one = 50 + len(lines) * height, f"{names + unit:.4g}"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {bottom + 8}" font-family="sans-serif" font-size="13">',
@@ -118,7 +123,8 @@ def blocks(folder: Path = pages.RESULTS) -> dict[tuple[Path, str], str]:
     found = [results_file.load(path) for path in pages.all_results(folder)]
     kinds = {"branches": ratios.of_branches, "trees": ratios.of_trees}
     tables_of = {op: [line for results in found for line in ratios.table(results, op, kinds[op])] for op in kinds}
-    return {(PERFORMANCE, "performance"): section(folder)} | {
+    hybrid = "\n".join(line for results in found for line in ratios.hybrid(results))
+    return {(PERFORMANCE, "performance"): section(folder), (HYBRID, "hybrid"): hybrid} | {
         (BRANCHES, op): "\n".join(lines) for op, lines in tables_of.items()
     }
 

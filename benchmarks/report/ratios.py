@@ -1,4 +1,4 @@
-"""How many times longer the alternatives to branches and trees take, as tables for docs/branches.md."""
+"""How many times longer the alternatives take to branches, trees and hybrid models, as tables for their pages."""
 
 from __future__ import annotations
 
@@ -28,6 +28,39 @@ def of_trees(row: RowDict) -> str:
     if row["grid"] == "chain":
         return f"{C} turns of {S} in a chain, each with {F} leaves of {S}"
     return f"{L:,} of text, {C} nodes of {S}, each with {F} of {S}"
+
+
+def of_hybrid(row: RowDict) -> str:
+    size, what = row["sizes"], row["what"]
+    if row["grid"] == "GRPO":
+        return f"GRPO, {what}: {size['C']} completions of {size['T']}, a prompt of {size['L']:,}"
+    if row["grid"] == "group":
+        return f"{size['N']} branches of {size['S']} on a prompt of {size['L']:,}, {what}"
+    each = f"at each of {size['P']} positions"
+    if row["grid"] == "decode":
+        return f"row {size['step']} of {size['N']} thoughts {each}"
+    return f"{size['N']} thoughts of {size['S']} rows {each}, {what}"
+
+
+def hybrid(results: dict[str, Any]) -> list[str]:
+    """A line for each case: our time and memory, and how many times as long the others take, with how much memory."""
+    rows = [row for row in results["rows"] if row["op"] == "hybrid" and row["times_ours"]]
+    body = []
+    for _, group in tables.by_case(rows):
+        (mine,), others = ([row for row in group if row["is_ours"] == ours] for ours in (True, False))
+        than = (f"{x['candidate']} {units.number(x['times_ours'])} ({units.memory(x['peak_bytes'])})" for x in others)
+        body.append([of_hybrid(mine), units.seconds(mine["seconds"]), units.memory(mine["peak_bytes"]), "; ".join(than)])
+    if not body:
+        return []
+    machine, size = results["machine"], rows[0]["sizes"]
+    versions = ", ".join(
+        f"{name} {machine['packages'][name]}"
+        for name in ("torch", "transformers", "trl", "fla-core")
+        if machine["packages"].get(name)
+    )
+    heads = f"{size['H']} heads of width {size['K']}, {rows[0]['dtype']}"
+    head = ["", "time", "memory", "times faster than (its memory)"]
+    return [f"{machine['device']}, {versions}; {heads}:", "", *tables.markdown_table(head, body), ""]
 
 
 def table(results: dict[str, Any], op: str, in_words: Callable[[RowDict], str]) -> list[str]:
