@@ -89,7 +89,7 @@ def chart(folder: Path = pages.RESULTS) -> str:
         if fastest:
             lines.append((results["machine"]["device"], None, ""))
         lines += [(CHARTED[x], fastest[x]["times_ours"], fastest[x]["candidate"]) for x in CHARTED if x in fastest]
-    unit = min(34, 310 / max((times or 1 for _, times, _ in lines), default=1))  # width of once as long
+    unit = min(34, 280 / max((times or 1 for _, times, _ in lines), default=1))  # width of once as long
     shapes = []
     for i, (name, times, rival) in enumerate(lines):
         y = 58 + i * height
