@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .branches import ANCHOR
 from .checks import FLOATS, Checker, check_instance, check_steps, on_host, refuse_where
-from .delta import matmul, reference
+from .delta import fla, matmul, reference
 from .layout import ThoughtLayout
 
 _OP = "thought_delta"
-BACKENDS = {"matmul": matmul, "reference": reference}
+BACKENDS = {"matmul": matmul, "fla": fla, "reference": reference}
 
 
 class DeltaRows(NamedTuple):
@@ -64,7 +64,7 @@ def thought_delta(
         beta: [B,H,M], how much of the old value under a key is replaced; None writes v.
         layout: which row follows which; ``own="full"`` is refused, and so is an ``lo`` that is not the start of a document.
         text: what the text's rows left, from an earlier call. The other arguments then hold the R thought rows alone.
-        backend: "auto", "matmul" or "reference".
+        backend: "auto", "matmul", "reference", or "fla", which "auto" takes only if QUIETSTAR_FLA=1 is set.
 
     Returns:
         out [B,H,rows,E] in v's dtype, and w [B,H,rows,E] for ``DeltaRows``; both 0 where a row is off.
@@ -91,6 +91,7 @@ def thought_delta(
         past = None if text is None else DeltaRows(*(x.to(wide_dtype) for x in (text.k, text.w, columns(text.g, text.w))))
         if past is not None:
             past = DeltaRows(*(x.where(x.isfinite(), 0) for x in past))
+        backend = fla.chosen(backend, v.device, dtype, k.shape[-1], beta is not None, past is not None)
         out, w = backend_of(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
         if poisoned is not None:
             out = out.masked_fill((poisoned | bad_q)[..., None], torch.nan)
