@@ -13,6 +13,9 @@ from . import __version__, _dispatch, backends, cpu_library, cuda_library, self_
 from .cpu.products import cpu_products
 from .linear_logprob import default_keep_bytes
 
+LINE = "  {op:<18} {backend:<10} {status}"
+OF_RECURRENT = tuple(name for there in self_test.RECURRENT.values() for name in there if name not in _dispatch.BACKENDS)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -29,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     checking.add_argument("--device", help="such as cuda:1 or cpu; default the GPU if there is one")
     checking.add_argument(
         "--backend",
-        choices=_dispatch.BACKENDS,
+        choices=(*_dispatch.BACKENDS, *OF_RECURRENT),
         help="check only this one; default the reference and what auto may choose on the device",
     )
-    checking.add_argument("--op", choices=_dispatch.OPS, help="check only this one")
+    checking.add_argument("--op", choices=(*_dispatch.OPS, *self_test.RECURRENT), help="check only this one")
     args = parser.parse_args(argv)
     if args.command is None:
         show_backends()
@@ -46,7 +49,11 @@ def show_backends() -> None:
     for device in devices:
         print(f"\n{device} ({device_name(device)})")
         for row in backends(device):
-            print(f"  {row['op']:<18} {row['backend']:<10} {row['status']}")
+            print(LINE.format(**row))
+        for op, there in self_test.RECURRENT.items():
+            for name in there:
+                status = self_test.why_not(op, name, torch.device(device)) or "available"
+                print(LINE.format(op=op, backend=name, status=status))
         kept = default_keep_bytes(torch.device(device)) / 2**20
         print(f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB")
 
@@ -72,9 +79,10 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"--device must be a device such as cpu, cuda or cuda:1, got {name!r}")
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         parser.error(f"--device: PyTorch finds no {name} here")
-    wanted = [args.backend] if args.backend else ["reference", *_dispatch.FASTEST_FIRST.get(device.type, ())]
-    ops = [args.op] if args.op else _dispatch.OPS
-    if args.backend and all(reasons := [_dispatch.why_not(op, args.backend, device) for op in ops]):
+    here = ["reference", *_dispatch.FASTEST_FIRST.get(device.type, ()), *OF_RECURRENT]
+    wanted = [args.backend] if args.backend else here
+    ops = [args.op] if args.op else [*_dispatch.OPS, *self_test.RECURRENT]
+    if args.backend and all(reasons := [self_test.why_not(op, args.backend, device) for op in ops]):
         parser.error(f"--backend: {args.backend!r} is not available: {'; '.join(map(str, dict.fromkeys(reasons)))}")
     show_versions()
     if not has_gpu:

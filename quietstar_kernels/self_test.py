@@ -24,12 +24,16 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, testing
+from .delta import reference as delta_reference
 from .layout import ThoughtLayout
 from .linear_logprob import linear_logprob
 from .sample_token import sample_token
 from .testing import tolerance
+from .testing.plain import plain_conv
 from .thought_attention import thought_attention
+from .thought_conv import thought_conv
 from .thought_decode import thought_decode
+from .thought_delta import BACKENDS, thought_delta
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
 WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time is spent compiling
@@ -144,13 +148,64 @@ def logprob(
     return _worst(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
 
 
+def convolution(backend: str, device: torch.device, dtype: torch.dtype, layout: ThoughtLayout, width: int = 64) -> float:
+    """``thought_conv`` of four taps, and the gradients of x, weight and bias."""
+    shapes = {"x": (layout.B, layout.M, width), "weight": (width, 4), "bias": (width,)}
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    grad_out = torch.randn(shapes["x"], generator=generator)
+    return _worst(_on(device, thought_conv, (dtype,)), plain_conv, inputs, [grad_out], layout=layout)
+
+
+def delta(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: ThoughtLayout,
+    K: int = 64,
+    by_channel: bool = False,
+    heads: int = 4,
+    groups: int = 2,
+) -> float:
+    """``thought_delta``: out, and the gradients of q, k, v, g and beta."""
+    generator, (B, M) = torch.Generator().manual_seed(SEED), (layout.B, layout.M)
+    shapes = {"q": (groups, M, K), "k": (groups, M, K), "v": (heads, M, K), "beta": (heads, M)}
+    shapes["g"] = (heads, M, K) if by_channel else (heads, M)
+    inputs = {name: torch.randn(B, *shape, generator=generator) for name, shape in shapes.items()}
+    inputs |= {name: torch.nn.functional.normalize(inputs[name], dim=-1) for name in ("q", "k")}
+    inputs |= {"beta": inputs["beta"].sigmoid(), "g": -torch.nn.functional.softplus(inputs["g"] - 2)}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    grad_out = torch.randn(inputs["v"].shape, generator=generator)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, layout: ThoughtLayout) -> Tensor:
+        return delta_reference.thought_delta(q, k, v, g if by_channel else g[..., None], beta[..., None], layout, None)[0]
+
+    op = _on(device, lambda **arguments: thought_delta(**arguments, backend=backend)[0], (dtype,))
+    return _worst(op, plain, inputs, [grad_out], layout=layout)
+
+
 # By op. Each takes a back end, a device and a dtype; its sizes and the op's options are keywords.
 JUDGES: dict[str, Callable[..., float]] = {
     "thought_attention": attention,
     "thought_decode": decode,
     "sample_token": sampling,
     "linear_logprob": logprob,
+    "thought_conv": convolution,
+    "thought_delta": delta,
 }
+# Back ends of ops of which none is chosen by ``_dispatch``.
+RECURRENT: dict[str, dict[str, Any]] = {"thought_conv": {"pytorch": None}, "thought_delta": BACKENDS}
+
+
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
+    """As ``_dispatch.why_not``, for all ops."""
+    if op not in RECURRENT:
+        return _dispatch.why_not(op, backend, device, dtype, **widths) if backend in _dispatch.BACKENDS else f"it has no {op}"
+    if backend not in RECURRENT[op]:
+        return f"it has no {op}"
+    serves = getattr(RECURRENT[op][backend], "why_not", None)
+    reason: str | None = serves and serves(device, dtype, widths.get("K", 0))
+    return reason
 
 
 def _first_use(judge: Callable[..., float]) -> Callable[..., float]:
@@ -220,6 +275,9 @@ def cases(interpreted: bool) -> list[Case]:
     options = {"vocabulary": vocabulary, "temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
     for op in ("sample_token", "linear_logprob"):
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
+    for layout in (every, chosen_anchors(short), ragged, branches(short), tree(short)):
+        found += [Case(op, ALL, {"layout": layout}) for op in RECURRENT]
+        found += [Case("thought_delta", (torch.float32, torch.bfloat16), {"layout": layout, "by_channel": True})]
     return found + [Case("sample_token", ALL, {"vocabulary": vocabulary, "temperature": 0.0})]
 
 
@@ -246,7 +304,8 @@ def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> 
     """Print a table with a row for each op, back end and dtype. True if all results are right."""
     print(ROW.format("op", "back end", "dtype", "cases", "worst", "seconds", "result (worst: error over what is allowed)"))
     began = time.monotonic()
-    rows = [(device, op, backend, dtype) for op in ops for backend in backends for dtype in ALL]
+    pairs = [(op, backend) for op in ops for backend in backends if backend in RECURRENT.get(op, _dispatch.BACKENDS)]
+    rows = [(device, *pair, dtype) for pair in pairs for dtype in ALL]
     failed = 0
     with nan_in_new_tensors(), ThreadPoolExecutor(WORKERS.get(device.type, 1)) as pool:
         for lines, failures in pool.map(lambda row: check_row(*row), rows):
@@ -258,14 +317,14 @@ def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> 
 
 def check_row(device: torch.device, op: str, backend: str, dtype: torch.dtype) -> tuple[list[str], int]:
     """Run the cases that the back end serves. Returns the lines to print, one more for each failure, and how many failed."""
-    reason = _dispatch.why_not(op, backend, device)
+    reason = why_not(op, backend, device)
     if reason is not None:
         return [ROW.format(op, backend, "", "", "", "", f"not available: {reason}")] if dtype == ALL[0] else [], 0
     began = time.monotonic()
     worst, count, reasons = 0.0, 0, []
     for case in cases(interpreted=backend == "triton" and device.type == "cpu"):
         K = case.arguments.get("K", 64)
-        refused = _dispatch.why_not(op, backend, device, dtype, K=K, E=case.arguments.get("E", K))
+        refused = why_not(op, backend, device, dtype, K=K, E=case.arguments.get("E", K))
         if case.op != op or dtype not in case.dtypes or refused:
             continue
         count += 1

@@ -34,6 +34,7 @@ def test_module_prints_every_back_end():
     assert lines[1:3] == [quietstar_kernels.cpu_library(), quietstar_kernels.cuda_library()]
     for row in backends("cpu"):
         assert f"  {row['op']:<18} {row['backend']:<10} {row['status']}" in lines
+    assert "  thought_conv       pytorch    available" in lines and "  thought_delta      matmul     available" in lines
     assert "  linear_logprob keeps logits for its backward up to 256 MiB" in lines
 
 

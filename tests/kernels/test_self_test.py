@@ -13,6 +13,7 @@ from test_sample_token import defined_draws
 
 from quietstar_kernels import _dispatch, self_test
 from quietstar_kernels.__main__ import main
+from quietstar_kernels.delta import matmul
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,9 +37,9 @@ def test_a_normal_run():
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert ("PyTorch finds no GPU here" in done.stdout) == (not torch.cuda.is_available())
     dtypes = ("float32", "float16", "bfloat16")
-    assert {*rows(done.stdout)} == {
-        (op, backend, dtype) for op in _dispatch.OPS for backend in ("reference", "cpu") for dtype in dtypes
-    }
+    pairs = [(op, backend) for op in _dispatch.OPS for backend in ("reference", "cpu")]
+    pairs += [("thought_conv", "pytorch"), ("thought_delta", "matmul"), ("thought_delta", "reference")]
+    assert {*rows(done.stdout)} == {(*pair, dtype) for pair in pairs for dtype in dtypes}
     assert all(result == "ok" and 0 <= float(worst) <= 1 for _, worst, result in rows(done.stdout).values())
     assert re.search(r"^All is well, \d+ s\.$", done.stdout, re.MULTILINE)
 
@@ -100,6 +101,15 @@ def test_a_wrong_output_or_gradient_fails(op, function, wrong, says, monkeypatch
     monkeypatch.setattr(module, function, lambda *arguments: tuple(wrong(right(*arguments))))
     code, printed = run(capsys, "--backend", "cpu", "--op", op)
     assert code == 1 and "ok" not in printed.split() and says in printed
+
+
+@pytest.mark.kernels
+def test_a_wrong_recurrence_fails(monkeypatch, capsys):
+    right = matmul.thought_delta
+    monkeypatch.setattr(matmul, "thought_delta", lambda *call: tuple(map(scaled, right(*call))))
+    code, printed = run(capsys, "--backend", "matmul", "--op", "thought_delta")
+    assert code == 1 and "ok" not in printed.split() and "output 0: error" in printed
+    assert run(capsys, "--backend", "pytorch")[0] == 0
 
 
 OPTIONS = {"temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}

@@ -7,6 +7,7 @@ import torch
 
 from quietstar_kernels import ThoughtLayout, conv_tails, thought_conv, thought_conv_decode
 from quietstar_kernels.testing import random_layout
+from quietstar_kernels.testing.plain import plain_conv
 from tests.kernels.drawn import normal, pick, seeded
 from tests.kernels.test_trees import random_tree
 
@@ -28,18 +29,6 @@ def drawn_inputs(seed, layout, dtype=torch.float64):
     return x, weight, bias_values if bias else None
 
 
-def looped(x, weight, bias, layout):
-    """From each row to the row before it, W times."""
-    parent, W = layout.branches.parent_rows(), weight.shape[1]
-    live = torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), layout.branches.live()], 1)
-    b, m = live.nonzero().T
-    row, total = m, x.new_zeros(len(m), D) + (0 if bias is None else bias)
-    for i in range(W):
-        total = total + x[b, row].where((row >= 0)[:, None], 0) * weight[:, W - 1 - i]
-        row = parent[b, row].where(row >= 0, -1)
-    return torch.zeros_like(x).index_put((b, m), total)
-
-
 def gradients(out, inputs, seed):
     grad = normal(seeded(seed), *out.shape, dtype=torch.float64).to(out.dtype)
     inputs = [x for x in inputs if x is not None]
@@ -51,7 +40,7 @@ def test_random_layouts(group):
     for seed in range(group * 20, group * 20 + 20):
         layout = drawn_layout(seed)
         inputs = drawn_inputs(seed, layout)
-        got, want = thought_conv(*inputs, layout), looped(*inputs, layout)
+        got, want = thought_conv(*inputs, layout), plain_conv(*inputs, layout)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
         for x, y in zip(gradients(got, inputs, seed), gradients(want, inputs, seed), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-11, msg=f"seed {seed} {layout}")
@@ -61,7 +50,7 @@ def test_blocks(monkeypatch):
     """Which rows are computed at a time changes no value, and sums over rows only in order."""
     layout = ThoughtLayout.every_position(2, 9, 2, 3)
     inputs = drawn_inputs(1, layout)
-    want = looped(*inputs, layout)
+    want = plain_conv(*inputs, layout)
     monkeypatch.setitem(thought_conv.__globals__["_BLOCK"], "cpu", 7 * D)
     got = thought_conv(*inputs, layout)
     torch.testing.assert_close(got, want)
