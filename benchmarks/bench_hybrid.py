@@ -301,7 +301,8 @@ SEQUENCES = [
         "transformers",
         no_qwen,
     ),
-    Candidate("repeated text, FLA", lambda case: repeated(of_fla("chunk_gated_delta_rule")), "fla-core", no_fla),
+    Candidate("repeated text, FLA", lambda case: repeated(of_fla("chunk_gated_delta_rule")), "fla-core", no_fla, compiles=True),
+    Candidate("branches through FLA", lambda case: packed(case, "fla"), "fla-core", no_fla, compiles=True),
     Candidate("sequential states", lambda case: packed(case, "reference"), PACKAGE, needs=states),
 ]
 STATES = [
@@ -312,7 +313,11 @@ STATES = [
         no_qwen,
     ),
     Candidate(
-        "a state per branch, FLA", lambda case: with_states(of_fla("fused_recurrent_gated_delta_rule")), "fla-core", no_fla
+        "a state per branch, FLA",
+        lambda case: with_states(of_fla("fused_recurrent_gated_delta_rule")),
+        "fla-core",
+        no_fla,
+        compiles=True,
     ),
 ]
 TRL = replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))
