@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=(*_dispatch.BACKENDS, *OF_RECURRENT),
         help="check only this one; default the reference and what auto may choose on the device",
     )
-    checking.add_argument("--op", choices=(*_dispatch.OPS, *self_test.RECURRENT), help="check only this one")
+    ops = (*_dispatch.OPS, *self_test.RECURRENT)
+    checking.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"only some of {', '.join(ops)}")
     args = parser.parse_args(argv)
     if args.command is None:
         show_backends()
@@ -81,14 +82,13 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"--device: PyTorch finds no {name} here")
     here = ["reference", *_dispatch.FASTEST_FIRST.get(device.type, ()), *OF_RECURRENT]
     wanted = [args.backend] if args.backend else here
-    ops = [args.op] if args.op else [*_dispatch.OPS, *self_test.RECURRENT]
-    if args.backend and all(reasons := [self_test.why_not(op, args.backend, device) for op in ops]):
+    if args.backend and all(reasons := [self_test.why_not(op, args.backend, device) for op in args.op]):
         parser.error(f"--backend: {args.backend!r} is not available: {'; '.join(map(str, dict.fromkeys(reasons)))}")
     show_versions()
     if not has_gpu:
         print("PyTorch finds no GPU here: this checks what runs on the CPU.")
     print(f"\n{name} ({device_name(name)})")
-    return 0 if self_test.check(device, wanted, ops) else 1
+    return 0 if self_test.check(device, wanted, args.op) else 1
 
 
 if __name__ == "__main__":

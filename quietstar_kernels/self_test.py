@@ -275,7 +275,8 @@ def cases(interpreted: bool) -> list[Case]:
     options = {"vocabulary": vocabulary, "temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
     for op in ("sample_token", "linear_logprob"):
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
-    for layout in (every, chosen_anchors(short), ragged, branches(short), tree(short)):
+    documents = ThoughtLayout.from_documents(3 * torch.arange(short)[None] // short, 2, 3)
+    for layout in (every, chosen_anchors(short), documents, ragged, branches(short), tree(short)):
         found += [Case(op, ALL, {"layout": layout}) for op in RECURRENT]
         found += [Case("thought_delta", (torch.float32, torch.bfloat16), {"layout": layout, "by_channel": True})]
     return found + [Case("sample_token", ALL, {"vocabulary": vocabulary, "temperature": 0.0})]

@@ -17,20 +17,25 @@ ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
 TREES = f"{TESTS}/test_trees.py"
 WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, where graphs are really replayed
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
+RECURRENT = ("thought_conv", "thought_delta")
 WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch")
 MINUTES = 11.0  # of all stages
 # The most useful first: minutes, and what a stage is for.
 STAGES = {
     "check": (1.0, "trees, whose kernels no GPU has run; every op against plain PyTorch; the copy in four ways, clocks, L2"),
     "sanitize": (1.0, "small cases of every kernel, alone and under memcheck and synccheck; all later kernels are compiled"),
-    "attention": (1.5, "our attention, alone; other tiles of the forward"),
+    "hybrid": (
+        1.0,
+        "recurrent layers, which no GPU has run: against plain PyTorch, FLA in bf16 if it is there; then their times",
+    ),
+    "attention": (1.2, "our attention, alone; other tiles of the forward"),
     "profile": (1.2, "hardware counters of the three attention kernels"),
     "peers": (1.5, "attention against the strongest other kernels"),
-    "step": (1.5, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
-    "rollout": (1.0, "rollouts with and without a CUDA graph; thoughts at all positions against one after another"),
-    "models": (1.0, "group RL end to end, trees, RLP"),
+    "step": (1.3, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
+    "rollout": (0.8, "rollouts with and without a CUDA graph; thoughts at all positions against one after another"),
+    "models": (0.9, "group RL end to end, trees, RLP"),
     "head": (0.5, "log-probabilities with and without kept logits, decoding, host time, sampling"),
-    "tests": (0.8, "the other tests, until time is up"),
+    "tests": (0.6, "the other tests, until time is up"),
 }
 
 
@@ -50,6 +55,11 @@ class Rows:
 
 ATTENTION = ("thought_attention", "branches")
 ROWS = {
+    "hybrid": Rows(
+        ("hybrid",),
+        ("headline", "group", "decode", "GRPO"),
+        ("repeated text, FLA", "branches through FLA", "a state per branch", "TRL"),
+    ),
     "attention": Rows(ATTENTION, ("text", "headline", "many pairs", "prompt", "thoughts", "rows", "groups")),
     "peers": Rows(
         ATTENTION,
@@ -128,6 +138,7 @@ class Plan:
         steps = {
             "check": self._check,
             "sanitize": self._sanitize,
+            "hybrid": self._hybrid,
             "attention": self._attention,
             "profile": lambda: [self._text("counters")],
             "step": self._step,
@@ -144,7 +155,7 @@ class Plan:
     def _check(self) -> list[Step]:
         """The tests of trees and ``check`` side by side; then, alone since it is timed, the device."""
         check = [*_module("quietstar_kernels"), "check", "--device", self.device]
-        check += ["--backend", "triton", "--op", "sample_token"] if self.rehearsal else []
+        check += ["--backend", "triton", "--op", "sample_token"] if self.rehearsal else ["--op", *OPS]
         device = [*_module("benchmarks.gpu.facts"), "--device", self.device, "--json", str(self.results)]
         device += ["--ceiling-size", "64"] if self.rehearsal else []
         trees = self._shares("trees ", [TREES], "triton and (path or packed)" if self.rehearsal else "not cpu")
@@ -165,6 +176,12 @@ class Plan:
         command = [*_module("benchmarks.gpu.warm"), "--device", self.device, *(["--smoke"] if self.rehearsal else [])]
         names = ("attention", "head") if self.rehearsal else ROWS  # an interpreter compiles nothing
         return command + [word for name in names for word in ("--rows", shlex.join(ROWS[name].options))]
+
+    def _hybrid(self) -> list[Step]:
+        """All back ends that are there on all kinds of layouts, before anything is timed."""
+        check = [*_module("quietstar_kernels"), "check", "--device", self.device]
+        check += ["--backend", "matmul", "--op", "thought_delta"] if self.rehearsal else ["--op", *RECURRENT]
+        return [_step({"check": check}, 0.4), self._rows("hybrid")]
 
     def _attention(self) -> list[Step]:
         """The rows, then a search of tiles, which a CPU can't make and which prints what it has found at its end."""

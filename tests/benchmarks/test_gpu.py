@@ -138,5 +138,5 @@ def test_a_stage_ends_at_its_place_in_the_schedule(results, monkeypatch):
     ]  # fmt: skip
     found = missing(results.load())
     assert "Stopped: check, a." in found and any(
-        line.startswith("Not run: attention; ") and "; check, a." in line for line in found
+        line.startswith("Not run: hybrid; attention; ") and "; check, a." in line for line in found
     )
