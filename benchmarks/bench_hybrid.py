@@ -355,7 +355,7 @@ def cases(device: torch.device, full: bool) -> Iterator[Case]:
 def smoke(device: torch.device) -> list[Case]:
     """The smallest cases that run every candidate."""
     small = DeltaCase(L=40, P=40, S=3, H=2, K=8, device=device)
-    step = TrainerCase(B=2, L=8, C=2, T=6, D=32, I=48, H=2, G=1, V=80, device=device)
+    step = TrainerCase(B=2, L=8, C=2, T=6, D=64, I=96, H=2, G=1, V=80, device=device)
     group = replace(small, grid="group", P=1, N=3)
     decode = DecodeCase(L=40, P=40, S=3, H=2, K=8, step=2, device=device)
     return [
