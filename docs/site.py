@@ -36,7 +36,7 @@ PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_recipes")
 SECTIONS = {
     "Start": ["README.md", "docs/tutorial.md", "docs/how-it-works.md"],
     "Guides": [
-        *(f"docs/{name}.md" for name in ("branches", "group-rl", "training", "online", "offline-thoughts", "large-models")),
+        *(f"docs/{name}.md" for name in ("branches", "group-rl", "hybrid-models", "training", "online", "offline-thoughts", "large-models")),
         *(f"docs/{name}.md" for name in ("using", "serving", "recipes", "integrating", "parallel", "building", "reliability")),
         "examples/cluster/README.md",
     ],

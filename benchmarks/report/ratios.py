@@ -53,14 +53,10 @@ def hybrid(results: dict[str, Any]) -> list[str]:
     if not body:
         return []
     machine, size = results["machine"], rows[0]["sizes"]
-    versions = ", ".join(
-        f"{name} {machine['packages'][name]}"
-        for name in ("torch", "transformers", "trl", "fla-core")
-        if machine["packages"].get(name)
-    )
+    versions = dict.fromkeys([f"torch {machine['packages']['torch']}", *(row["version"] for row in rows)])
     heads = f"{size['H']} heads of width {size['K']}, {rows[0]['dtype']}"
     head = ["", "time", "memory", "times faster than (its memory)"]
-    return [f"{machine['device']}, {versions}; {heads}:", "", *tables.markdown_table(head, body), ""]
+    return [f"{machine['device']}, {', '.join(versions)}; {heads}:", "", *tables.markdown_table(head, body), ""]
 
 
 def table(results: dict[str, Any], op: str, in_words: Callable[[RowDict], str]) -> list[str]:
