@@ -30,6 +30,8 @@ T = TypeVar("T")
 OP = "hybrid"
 BOTH = ("forward", "forward+backward")
 TOGETHER = 64  # sequences of a baseline's call
+# FLA rounds what its products take to bf16, among it states; its own tests allow 0.02 even in fp16.
+DELTA_BOUNDS = BOUNDS | {torch.bfloat16: 0.03}
 NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
 QWEN = "transformers.models.qwen3_5"
 
@@ -119,7 +121,7 @@ class DeltaCase(Case):
         results = self.call(function, self.inputs(seed=0))
         got = self._gathered(results) if isinstance(function, Repeated) else [x[0] for x in results[0]]
         for name, mine, truth in zip(NAMES, got, self._truth, strict=False):
-            judge(name, mine, truth, BOUNDS[self.dtype])
+            judge(name, mine, truth, DELTA_BOUNDS[self.dtype])
 
     @cached_property
     def _truth(self) -> list[Tensor]:
@@ -185,7 +187,7 @@ class DecodeCase(DeltaCase):
     def check(self, function: Callable[[Inputs], Tensor]) -> None:
         wide = [x.float() for x in self.rows(seed=0)[:-1]]
         truth = self._branches(packed(self, "reference")(*wide), 1)[:, :, self.step]
-        judge("out", self.call(function, self.inputs(seed=0)), truth, BOUNDS[self.dtype])
+        judge("out", self.call(function, self.inputs(seed=0)), truth, DELTA_BOUNDS[self.dtype])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""Write the README's chart, the tables of docs/performance.md, branches.md and hybrid-models.md, and the results pages, from the
-committed results.
+"""Write the README's chart, the tables of docs/performance.md, branches.md and hybrid-models.md, and the pages of results, from
+the committed results.
 
 python -m benchmarks.readme
 """
