@@ -36,8 +36,11 @@ PACKAGES = ("quietstar", "quietstar_kernels", "quietstar_recipes")
 SECTIONS = {
     "Start": ["README.md", "docs/tutorial.md", "docs/how-it-works.md"],
     "Guides": [
-        *(f"docs/{name}.md" for name in ("branches", "group-rl", "hybrid-models", "training", "online", "offline-thoughts", "large-models")),
-        *(f"docs/{name}.md" for name in ("using", "serving", "recipes", "integrating", "parallel", "building", "reliability")),
+        *(f"docs/{name}.md" for name in ("branches", "group-rl", "hybrid-models", "training", "online", "offline-thoughts")),
+        *(
+            f"docs/{name}.md"
+            for name in ("large-models", "using", "serving", "recipes", "integrating", "parallel", "building", "reliability")
+        ),
         "examples/cluster/README.md",
     ],
     "Results": [
