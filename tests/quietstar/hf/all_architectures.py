@@ -63,6 +63,51 @@ CONSTRUCTOR_ARGUMENTS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# Three layers, two of which mix positions in a recurrence, with the options that change it.
+_LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8}
+_DELTA |= {**_LAYERS, "shared_expert_intermediate_size": 32, "moe_intermediate_size": 32}
+_KIMI = {"linear_num_heads": 4, "linear_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8, "num_experts": 4}
+_KIMI |= {**_LAYERS, "mlp_layer_types": ["dense", "sparse", "dense"], "num_expert_group": 1, "qk_rope_head_dim": 8}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16}
+_MAMBA |= {"hidden_size": 64}  # of which the heads are a part
+_CONV = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
+CONSTRUCTOR_ARGUMENTS |= {
+    "qwen3_5": {"text_config": _DELTA},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe": {"text_config": _DELTA},
+    "qwen3_5_moe_text": _DELTA,
+    "qwen3_next": _DELTA,
+    "olmo_hybrid": _DELTA | {"linear_num_key_heads": 4, "linear_allow_neg_eigval": True},
+    "kimi_linear": _KIMI,
+    "bailing_hybrid": _KIMI,
+    "lfm2": _CONV | {"conv_bias": True, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": _CONV | {"num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "lfm3": _CONV | {"layer_types": ["conv", "full_attention", "conv", "sliding_attention"]},
+    "granitemoehybrid": _LAYERS | _MAMBA | {"position_embedding_type": "rope", "residual_multiplier": 0.5},
+    "bamba": _MAMBA | {"num_hidden_layers": 3, "attn_layer_indices": [1], "time_step_limit": (0.3, 1.5)},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 128, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9], "key_multiplier": 0.5},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 16,
+        "adapter_rank": 8,
+    },
+    "mamba2": {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 2, "chunk_size": 16},
+}
 _LATENT = {"head_dim": 8, "num_key_value_heads": 4}  # MLA: head_dim is the rotary part, and keys have all heads
 SET_AFTERWARDS: dict[str, dict[str, Any]] = {
     name: _LATENT for name in ["axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"]
@@ -77,8 +122,9 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     small = {name: size for name, size in SIZES.items() if name in text.to_dict() or name in text.attribute_map}
     if text is config:
         config = text = AutoConfig.for_model(model_type, **(small | special))
+    chosen = special.get("text_config", special)
     for name, value in ({} if text is config and not special else small).items():
-        setattr(text, name, value)
+        setattr(text, name, chosen.get(name, value))
     for name, value in SET_AFTERWARDS.get(model_type, {}).items():
         setattr(text, name, value)
     if model_type == "dbrx":
@@ -95,9 +141,11 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.15)
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # a state of a recurrence fades in one step, or in hundreds
+                parameter.uniform_(-5, 1)
+            elif parameter.ndim >= 2:
+                parameter.normal_(0, 0.5 if "conv" in name and parameter.shape[1] == 1 else 0.15)
     return model
 
 

@@ -1,0 +1,130 @@
+"""Hybrid models: packed rows give the logits and gradients of ordinary forwards, through every kind of recurrent layer."""
+
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from quietstar.hf.attention import WRAPPED_NAME
+from quietstar.hf.decoder import PackedPass, decode_rows
+from quietstar.hf.lm_head import find_lm_head
+from quietstar.hf.modules import embeddings
+from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.testing.tolerance import FACTOR, FLOOR_ULPS
+from tests.quietstar.common import texts_of
+from tests.quietstar.hf import all_architectures as everything
+
+FEW = ["qwen3_5_text", "lfm2", "bamba"]
+TYPES = [
+    *FEW, "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "lfm2_moe", "lfm3",
+    "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2", "mamba2",
+]  # fmt: skip
+
+
+def few(*names):
+    return [pytest.param(name, marks=() if name in names else pytest.mark.long) for name in TYPES]
+
+
+def tree():
+    a = torch.arange(3, 43).tolist()
+    layout, _, _ = ThoughtLayout.from_sequences([a[:35] + [7, 8, 9], a[:35] + [7, 8, 5, 6], a[:35] + [9], a[:20] + [30, 31]])
+    return layout
+
+
+LAYOUTS = {
+    "packed": lambda: ThoughtLayout.packed(
+        torch.tensor([[0, 3, 3, 11, 11], [5, 9, 9, -1, -1]]), torch.tensor([[4, 1, 6, 0, 5], [2, 3, 7, 0, 0]]), text_length=12
+    ),
+    "every position, over chunks": lambda: ThoughtLayout.every_position(1, 40, 1, 3),
+    "tree": tree,
+    "documents": lambda: ThoughtLayout.from_documents(torch.tensor([[0] * 7 + [1] * 2 + [2] * 9]), 2, 3),
+    "left padding": lambda: ThoughtLayout.from_padding(torch.arange(9) >= torch.tensor([[4], [0]]), 2, 3),
+}
+
+
+class _Double:
+    """``torch`` for a modeling file whose fp32 is fp64: norms, gates and chunk rules of transformers compute in fp32."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def all_in_fp64(model):
+    file = sys.modules[type(model).__module__]
+    return mock.patch.multiple(file, torch=_Double()), mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+
+
+def paths(layout):
+    """(b, rows) of each leaf: all rows from its text's first one on."""
+    seen = layout.dense_mask()
+    leaves = (seen.sum(1) == 1) & seen.any(2)
+    return [(b, seen[b, leaf].nonzero()[:, 0]) for b, leaf in leaves.nonzero().tolist()]
+
+
+def ordinary(model, layout, ids, weights):
+    """Logits [B,M,V] of one ordinary forward for each leaf, and the gradients of their weighted sum."""
+    logits, there = torch.zeros_like(weights), torch.zeros_like(ids, dtype=torch.bool)
+    leaves = paths(layout)
+    for some in (leaves[i : i + 8] for i in range(0, len(leaves), 8)):
+        found = model(input_ids=pad_sequence([ids[b, rows] for b, rows in some], batch_first=True), use_cache=False).logits
+        loss = 0.0
+        for (b, rows), own in zip(some, found, strict=False):
+            new = ~there[b, rows]
+            loss = loss + (own[: len(rows)][new] * weights[b, rows[new]]).sum()
+            logits[b, rows], there[b, rows] = own[: len(rows)].detach(), True
+        loss.backward()
+    return logits, taken_gradients(model)
+
+
+def packed(model, layout, ids, weights):
+    hidden = decode_rows(model, embeddings(model)(ids), layout.position_ids(), PackedPass(layout))
+    logits = find_lm_head(model).logits(hidden)
+    live = layout.dense_mask().any(2, keepdim=True)
+    (logits * weights * live).sum().backward()
+    return (logits * live).detach(), taken_gradients(model)
+
+
+def taken_gradients(model):
+    grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def errors(got, truth):
+    """Relative: of the logits; of all gradients together, since a small one may be a sum that cancels; of the worst one."""
+    assert got[1].keys() == truth[1].keys()
+    sizes = torch.stack([x.norm() for x in truth[1].values()])
+    off = torch.stack([(got[1][name] - x).norm() for name, x in truth[1].items()])
+    return [float(x) for x in ((got[0] - truth[0]).norm() / truth[0].norm(), off.norm() / sizes.norm(), (off / sizes).max())]
+
+
+def doubled(model, layout, ids, weights, run):
+    file, tensors = all_in_fp64(model)
+    with file, tensors:
+        return run(model.double(), layout, ids, weights.double())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("model_type", few(*FEW))
+def test_packed_rows_are_those_of_ordinary_forwards(model_type, name):
+    """In fp32 they err twice as much as ordinary ones do at most, and in fp64 by as much less as its last place is smaller."""
+    model, layout = everything.tiny_model(model_type), LAYOUTS[name]()
+    model.set_attn_implementation(WRAPPED_NAME)
+    model.set_experts_implementation("eager")  # others refuse fp64
+    ids = torch.randint(3, 61, (layout.B, layout.M), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(layout.B, layout.M, 61, generator=torch.Generator().manual_seed(2))
+    weights = weights.where(layout.dense_mask().any(2, keepdim=True), 0)
+    case = model, layout, ids, weights
+    plain, got = ordinary(*case), packed(*case)
+    truth, got64 = (doubled(*case, run) for run in (ordinary, packed))
+    units, found, found64 = (errors(x, truth) for x in (plain, got, got64))
+    print(model_type, name, *(" ".join(f"{y:.1e}" for y in x) for x in (units, found, found64)))
+    finest, floor = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps, FLOOR_ULPS * torch.finfo(torch.float32).eps
+    for unit, error, error64 in zip(units[:2], found, found64, strict=False):
+        assert error <= FACTOR * unit + floor
+        assert error64 <= ((FACTOR + 1) * unit + floor) * finest  # the truth errs too
+    assert found64[2] <= units[1]
