@@ -1,5 +1,6 @@
 """Hybrid models: packed rows give the logits and gradients of ordinary forwards, through every kind of recurrent layer."""
 
+import copy
 import sys
 from unittest import mock
 
@@ -53,11 +54,6 @@ class _Double:
         return getattr(torch, name)
 
 
-def all_in_fp64(model):
-    file = sys.modules[type(model).__module__]
-    return mock.patch.multiple(file, torch=_Double()), mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
-
-
 def paths(layout):
     """(b, rows) of each leaf: all rows from its text's first one on."""
     seen = layout.dense_mask()
@@ -102,9 +98,19 @@ def errors(got, truth):
     return [float(x) for x in ((got[0] - truth[0]).norm() / truth[0].norm(), off.norm() / sizes.norm(), (off / sizes).max())]
 
 
-def doubled(model, layout, ids, weights, run):
-    file, tensors = all_in_fp64(model)
-    with file, tensors:
+def nudged(model, seed):
+    """A copy whose weights are off by one in their last place, up or down at random."""
+    nudged, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in nudged.parameters():
+            x += x * (torch.randint(2, x.shape, generator=generator) * 2 - 1) * torch.finfo(x.dtype).eps
+    return nudged
+
+
+def doubled(run, model, layout, ids, weights):
+    """The same in fp64 throughout, by transformers' own code."""
+    file = mock.patch.object(sys.modules[type(model).__module__], "torch", _Double())
+    with file, mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         return run(model.double(), layout, ids, weights.double())
 
 
@@ -118,10 +124,12 @@ def test_packed_rows_are_those_of_ordinary_forwards(model_type, name):
     ids = torch.randint(3, 61, (layout.B, layout.M), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(layout.B, layout.M, 61, generator=torch.Generator().manual_seed(2))
     weights = weights.where(layout.dense_mask().any(2, keepdim=True), 0)
-    case = model, layout, ids, weights
-    plain, got = ordinary(*case), packed(*case)
-    truth, got64 = (doubled(*case, run) for run in (ordinary, packed))
-    units, found, found64 = (errors(x, truth) for x in (plain, got, got64))
+    case = layout, ids, weights
+    plain = [ordinary(x, *case) for x in (model, nudged(model, 1), nudged(model, 2))]
+    got = packed(model, *case)
+    truth, got64 = (doubled(run, model, *case) for run in (ordinary, packed))
+    units = [max(some) for some in zip(*(errors(x, truth) for x in plain), strict=True)]
+    found, found64 = errors(got, truth), errors(got64, truth)
     print(model_type, name, *(" ".join(f"{y:.1e}" for y in x) for x in (units, found, found64)))
     finest, floor = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps, FLOOR_ULPS * torch.finfo(torch.float32).eps
     for unit, error, error64 in zip(units[:2], found, found64, strict=False):
