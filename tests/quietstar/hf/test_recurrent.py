@@ -14,7 +14,6 @@ from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import embeddings
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.testing.tolerance import FACTOR, FLOOR_ULPS
-from tests.quietstar.common import texts_of
 from tests.quietstar.hf import all_architectures as everything
 
 FEW = ["qwen3_5_text", "lfm2", "bamba"]
