@@ -132,9 +132,11 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     return config
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """A model with large random weights, so that a wrong mask or position shows."""
+def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A model with large random weights, so that a wrong mask or position shows; ``changes`` of its config."""
     config = tiny_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     assert weights < 1_000_000, f"{model_type} is not tiny: {weights} weights"

@@ -2,19 +2,26 @@
 
 import copy
 import sys
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
+from quietstar import QuietStar, evaluate
 from quietstar.hf.attention import WRAPPED_NAME
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import find_lm_head
 from quietstar.hf.modules import embeddings
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.testing.tolerance import FACTOR, FLOOR_ULPS
+from tests.quietstar.common import assert_same_gradients, text, texts_of
+from tests.quietstar.evaluation import test_losses
 from tests.quietstar.hf import all_architectures as everything
+from tests.quietstar.thinking import test_chunks, test_generate, test_online
+from tests.quietstar.thinking.test_rollout import slow_thoughts
 
 FEW = ["qwen3_5_text", "lfm2", "bamba"]
 TYPES = [
@@ -106,11 +113,13 @@ def nudged(model, seed):
     return nudged
 
 
-def doubled(run, model, layout, ids, weights):
-    """The same in fp64 throughout, by transformers' own code."""
+@contextmanager
+def in_fp64(model):
+    """All of it in fp64, by transformers' own code."""
+    model.double().set_experts_implementation("eager")  # others refuse fp64
     file = mock.patch.object(sys.modules[type(model).__module__], "torch", _Double())
     with file, mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        return run(model.double(), layout, ids, weights.double())
+        yield
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -119,19 +128,85 @@ def test_packed_rows_are_those_of_ordinary_forwards(model_type, name):
     """In fp32 they err twice as much as ordinary ones do at most, and in fp64 by as much less as its last place is smaller."""
     model, layout = everything.tiny_model(model_type), LAYOUTS[name]()
     model.set_attn_implementation(WRAPPED_NAME)
-    model.set_experts_implementation("eager")  # others refuse fp64
     ids = torch.randint(3, 61, (layout.B, layout.M), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(layout.B, layout.M, 61, generator=torch.Generator().manual_seed(2))
     weights = weights.where(layout.dense_mask().any(2, keepdim=True), 0)
     case = layout, ids, weights
     plain = [ordinary(x, *case) for x in (model, nudged(model, 1), nudged(model, 2))]
     got = packed(model, *case)
-    truth, got64 = (doubled(run, model, *case) for run in (ordinary, packed))
+    with in_fp64(model):
+        truth, got64 = (run(model, layout, ids, weights.double()) for run in (ordinary, packed))
     units = [max(some) for some in zip(*(errors(x, truth) for x in plain), strict=True)]
     found, found64 = errors(got, truth), errors(got64, truth)
-    print(model_type, name, *(" ".join(f"{y:.1e}" for y in x) for x in (units, found, found64)))
     finest, floor = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps, FLOOR_ULPS * torch.finfo(torch.float32).eps
     for unit, error, error64 in zip(units[:2], found, found64, strict=False):
         assert error <= FACTOR * unit + floor
         assert error64 <= ((FACTOR + 1) * unit + floor) * finest  # the truth errs too
     assert found64[2] <= units[1]
+
+
+@pytest.mark.parametrize("model_type", few(*FEW))
+def test_thoughts_are_those_of_a_slow_sampler(thinker, model_type):
+    """Of a text that crosses a chunk."""
+    qs, ids = thinker(everything.tiny_model(model_type), thoughts=1), text(1, 36)
+    truth, logprob = slow_thoughts(qs, ids, seed=5)
+    thoughts = qs.think(ids, seed=5)
+    assert torch.equal(thoughts.thought_ids, truth)
+    torch.testing.assert_close(thoughts.logprob, logprob, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("what", test_chunks.batches())
+@pytest.mark.parametrize("model_type", few())
+def test_anchors_in_chunks_and_layers_computed_again(thinker, model_type, what):
+    model = everything.tiny_model(model_type)
+    with in_fp64(model):
+        qs = thinker(model).double()
+        batch = {"input_ids": text(), "seed": 4, **test_chunks.batches()[what]}
+        _, want = test_chunks.step_in(None, qs, **batch)
+        qs.gradient_checkpointing_enable()
+        for chunk in (None, 5):
+            test_chunks.assert_same(qs, batch, 3 if what == "anchors" else 5)
+            assert_same_gradients(test_chunks.step_in(chunk, qs, **batch)[1], want, 1e-12)
+
+
+@pytest.mark.parametrize("model_type", few())
+def test_generation_is_that_of_a_slow_generator(thinker, model_type):
+    qs = thinker(everything.tiny_model(model_type)).eval()
+    texts, ids, mask = test_generate.prompts()
+    truth, logprob = test_generate.slow_generate(qs, texts, thoughts=2, seed=5)
+    tokens, logits = test_generate.fast_generate(qs, ids, mask, thoughts=2, sample_thoughts=True, seed=5)
+    assert torch.equal(tokens, truth) and (logits - logprob).abs().max() <= test_generate.BOUND
+
+
+@pytest.mark.parametrize("model_type", few())
+def test_evaluation(thinker, model_type):
+    qs = thinker(everything.tiny_model(model_type))
+    base, mixed, another = test_losses.by_hand(qs, texts_of(test_losses.LENGTHS))
+    want = {"base": base.mean(), "mixed": mixed.mean(), "another": another.mean()}
+    test_losses.close(evaluate(qs, texts_of(test_losses.LENGTHS), 2), want)
+
+
+@pytest.mark.parametrize("model_type", few("lfm2"))
+def test_adapters_are_as_if_merged_and_saved(model_type, tmp_path):
+    peft_models = pytest.importorskip("tests.quietstar.hf.lora_models")
+    everything.tiny_model(model_type).save_pretrained(tmp_path / "base")
+    qs = peft_models.wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules="all-linear")
+    out, grads = peft_models.gradients(qs)
+    assert all(x.any() for name, x in grads.items() if "lora_" in name)
+    qs.save_pretrained(tmp_path / "adapters")
+    again = QuietStar.from_pretrained(tmp_path / "adapters").train()
+    assert torch.equal(again(peft_models.IDS, seed=4).loss, out.loss)
+    qs.merge_adapters()
+    merged = qs(peft_models.IDS, seed=4)
+    assert torch.equal(merged.thought_ids, out.thought_ids)
+    torch.testing.assert_close(merged.nll_mix, out.nll_mix, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", few())
+def test_written_thoughts(model_type, monkeypatch):
+    """Their loss and gradients, and sampling while others end."""
+    model = everything.tiny_model(model_type, vocab_size=256)
+    test_online.test_thoughts_that_end_themselves(2, "ee", 14.0, monkeypatch, model)
+    model = everything.tiny_model(model_type, vocab_size=256)
+    with in_fp64(model):
+        test_online.test_loss_and_every_gradient("rlp", 0, model)

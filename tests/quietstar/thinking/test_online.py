@@ -10,6 +10,7 @@ from quietstar import QuietStar, ThoughtConfig, evaluate
 from quietstar.cli.generate import Generate
 from quietstar.cli.summary import finish
 from quietstar.evaluation.alarms import alarms
+from quietstar.hf.modules import backbone
 from quietstar.testing import byte_tokenizer
 from quietstar.thinking.forward import PackedInputs
 from quietstar.thinking.text_thoughts import WrittenRows
@@ -19,11 +20,11 @@ START, END = "<t>", "</t>"
 ANCHORS, L, T = (3, 7, 12), 22, 6
 
 
-def online(preset, seed=0, dtype=torch.float64, **fields):
-    """A GPT-2, whose norms stay in fp64, as those of newer models don't."""
+def online(preset, seed=0, dtype=torch.float64, model=None, **fields):
+    """Of a model for bytes, or a GPT-2, whose norms stay in fp64, as those of newer models don't."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).to(dtype)
+    model = model or GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).to(dtype)
     fields = {"thoughts": 4, "thought_tokens": T, "thought_start": START, "thought_end": END} | fields
     return QuietStar(model, ThoughtConfig(preset=preset, **fields), byte_tokenizer(), verify=False).train()
 
@@ -75,8 +76,8 @@ def plain_loss(qs, base, text, ids, lengths, old, J, discount, clip, temperature
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("preset", ["rlp", "grlp", "rpt"])
-def test_loss_and_every_gradient(preset, seed):
-    qs = online(preset, seed)
+def test_loss_and_every_gradient(preset, seed, model=None):
+    qs = online(preset, seed, model=model)
     config = qs.thought_config
     text = torch.randint(60, (L,), generator=torch.Generator().manual_seed(seed))  # letters without braces
     ids, lengths = thoughts_of(seed)
@@ -151,7 +152,7 @@ def slowly(qs, text, t, n, sequence, seed):
     ids += marks.start
     sampled = []
     while len(sampled) < qs.thought_config.thought_tokens:
-        hidden = qs.model.transformer(input_ids=torch.tensor([ids + sampled])).last_hidden_state[0, -1:]
+        hidden = backbone(qs.model)(input_ids=torch.tensor([ids + sampled])).last_hidden_state[0, -1:]
         counters = torch.tensor([[sequence, t, n, len(sampled)]], dtype=torch.int32)
         token, _ = sample_token(hidden, qs.lm_head.linear.weight, counters, seed, bias=qs.model.lm_head.bias, temperature=3.0)
         sampled.append(int(token))
@@ -161,10 +162,10 @@ def slowly(qs, text, t, n, sequence, seed):
 
 
 @pytest.mark.parametrize("live, end, likely", [(None, "e", 10.0), (2, "ee", 14.0)])
-def test_thoughts_that_end_themselves(live, end, likely, monkeypatch):
+def test_thoughts_that_end_themselves(live, end, likely, monkeypatch, model=None):
     """The same tokens as sampled one by one, whatever else is in the batch and however many are live."""
     monkeypatch.setattr("quietstar.thinking.cohorts.FIRST_ROWS", 4)
-    qs = online("rlp", 3, torch.float32, thought_tokens=24, thought_end=end, temperature=3.0)
+    qs = online("rlp", 3, torch.float32, model, thought_tokens=24, thought_end=end, temperature=3.0)
     qs.anchor_chunk = live
     bias = torch.nn.Parameter(torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), likely))
     qs.model.lm_head.bias = bias  # thoughts end after a dozen tokens or so

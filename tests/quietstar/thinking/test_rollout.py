@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import quietstar
+from quietstar.hf.modules import backbone
 from quietstar_kernels import sample_token
 from tests.quietstar.common import text
 
@@ -17,21 +18,19 @@ def qs(tiny):
 
 @torch.no_grad()
 def slow_thoughts(qs, ids, seed):
-    """One thought after the other, each token from a forward over everything before it."""
-    embed = qs.model.get_input_embeddings()
-    start = qs.thought_config.embedding_scale * qs.start_embedding
-    N, T = qs.thought_config.thoughts, qs.thought_config.thought_tokens
-    out = torch.zeros(*ids.shape, N, T, dtype=torch.int64)
-    logprob = torch.zeros(out.shape)
-    for b, t, n in torch.cartesian_prod(torch.arange(ids.shape[0]), torch.arange(ids.shape[1]), torch.arange(N)).tolist():
-        embeds = torch.cat([embed(ids[b, : t + 1]), start[None]])
-        for s in range(T):
-            hidden = qs.model.model(inputs_embeds=embeds[None]).last_hidden_state[0, -1:]
-            counters = torch.tensor([[b, t, n, s]], dtype=torch.int32)
-            token, lp = sample_token(hidden, qs.lm_head.linear.weight, counters, seed)
-            out[b, t, n, s], logprob[b, t, n, s] = token, lp
-            embeds = torch.cat([embeds, embed(token)])
-    return out, logprob
+    """Each token from forwards over everything before it. Behind it stand rows that a causal model does not see."""
+    embed, N, T = qs.model.get_input_embeddings(), qs.thought_config.thoughts, qs.thought_config.thought_tokens
+    b, t, n = torch.cartesian_prod(*(torch.arange(size) for size in (*ids.shape, N))).T
+    places = torch.arange(len(b))
+    embeds = torch.nn.functional.pad(embed(ids)[b], (0, 0, 0, 1 + T))
+    embeds[places, t + 1] = qs.thought_config.embedding_scale * qs.start_embedding
+    drawn = []
+    for s in range(T):
+        hidden = backbone(qs.model)(inputs_embeds=embeds, use_cache=False).last_hidden_state[places, t + 1 + s]
+        counters = torch.stack([b, t, n, torch.full_like(b, s)], 1).int()
+        drawn.append(sample_token(hidden, qs.lm_head.linear.weight, counters, seed))
+        embeds[places, t + 2 + s] = embed(drawn[-1][0])
+    return (torch.stack(x, 1).view(*ids.shape, N, T) for x in zip(*drawn, strict=True))
 
 
 def test_the_thoughts_are_those_of_a_slow_sampler(qs):
