@@ -14,10 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from quietstar.hf import recurrent
-from quietstar.hf.architectures import DROP_LAYOUT, RECURRENT, WITHOUT_EFFECT, check_row_count, chunk_limit, wrong_with_layout
+from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit, wrong_with_layout
 from quietstar.hf.decoder import PackedPass, ThoughtPass
 from quietstar.hf.positions import check_layout, rotary_limits
+from quietstar.hf.recurrent import given_layout
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import refusal
 
@@ -37,12 +37,8 @@ class MaskArguments:
         self.arguments: dict[str, Any] = finished.arguments if isinstance(finished, MaskArguments) else arguments
         self._dense: Tensor | None = None
         self.layout: ThoughtLayout | ThoughtPass | None = None  # set by hand_on_layout's hook
-        error = wrong_with_layout(arguments["config"])
-        if (error or arguments["config"].model_type in RECURRENT) and (model := _given_layout()):
-            if error is None:
-                recurrent.check_layers(model)
-            else:  # perhaps no layer has attention
-                raise error
+        if (error := wrong_with_layout(arguments["config"])) and given_layout():  # perhaps no layer has attention
+            raise error
 
     def window(self, positions: int) -> int | None:
         """How many of the last positions a row sees, counting its own; None if it sees all of them.
@@ -134,7 +130,7 @@ def _attention(without_layout: str) -> Callable[..., Any]:
             layout = attention_mask.layout
         if layout is not None:
             return thought_forward(module, query, key, value, attention_mask, thought_layout=layout, **kwargs)
-        if _given_layout() is not None:
+        if given_layout() is not None:
             raise ValueError(
                 f"{type(module).__name__}: thought_layout was passed to the model but did not arrive at attention; "
                 "this architecture drops keyword arguments"
@@ -147,23 +143,6 @@ def _attention(without_layout: str) -> Callable[..., Any]:
         return _plain_forward(module, query, key, value, attention_mask, **kwargs)
 
     return forward
-
-
-def _given_layout() -> PreTrainedModel | None:
-    """The model further up the call stack that was given a ``thought_layout``; at attention without one, it got lost.
-
-    In every call of a torch module, the module is a local named ``self`` and its keywords one named ``kwargs``. Only
-    transformers' models count: a caller's own functions and modules may hold a layout for another call.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    frame = sys._getframe(2).f_back
-    while frame is not None:
-        module, keywords = frame.f_locals.get("self"), frame.f_locals.get("kwargs")
-        if isinstance(module, PreTrainedModel) and isinstance(keywords, dict) and keywords.get("thought_layout") is not None:
-            return module
-        frame = frame.f_back
-    return None
 
 
 _HOOKED = "_quietstar_hooked"

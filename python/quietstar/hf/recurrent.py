@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from quietstar.hf.architectures import RECURRENT_FILES, convolutions
@@ -106,7 +107,7 @@ def _with_layouts(original: Callable[..., Any], ours: Callable[..., Any]) -> Cal
     def function(*args: Any, thought_layout: Any = None, **kwargs: Any) -> Any:
         if thought_layout is None:
             return original(*args, **kwargs)
-        if any(kwargs.get(name) is not None for name in ("cu_seqlens", "seq_idx")):
+        if any(kwargs.get(name) is not None for name in ("cu_seqlens", "cu_seq_lens_q", "seq_idx")):
             raise ValueError("with a thought layout there can be no cu_seqlens or seq_idx: documents are in the layout")
         thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
         if not isinstance(thought_pass, ThoughtPass):
@@ -116,13 +117,36 @@ def _with_layouts(original: Callable[..., Any], ours: Callable[..., Any]) -> Cal
     return function
 
 
-def _without_looking(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers reads a mask to see whether it is all ones; that of ``decode_rows`` is, and CUDA graphs can't read it."""
+def given_layout() -> PreTrainedModel | None:
+    """The model further up the call stack that was given a ``thought_layout``; at attention without one, it got lost.
+
+    In every call of a torch module, the module is a local named ``self`` and its keywords one named ``kwargs``. Only
+    transformers' models count: a caller's own functions and modules may hold a layout for another call.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        module, keywords = frame.f_locals.get("self"), frame.f_locals.get("kwargs")
+        if isinstance(module, PreTrainedModel) and isinstance(keywords, dict) and keywords.get("thought_layout") is not None:
+            return module
+        frame = frame.f_back
+    return None
+
+
+def _checked_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Every forward of these models asks for the mask of its recurrent layers: the place to look at what is asked for.
+
+    transformers reads a mask to see whether it is all ones; that of ``decode_rows`` is, and CUDA graphs can't read it.
+    """
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and hasattr(kwargs.get("attention_mask"), ALL_ONES):
-            return None
+        if (model := given_layout()) is not None:
+            _refuse_cache(kwargs.get("past_key_values"))
+            check_layers(model)
+            if hasattr(kwargs.get("attention_mask"), ALL_ONES):
+                return None
         return original(*args, **kwargs)
 
     return function
@@ -130,7 +154,7 @@ def _without_looking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def take_layouts(file: ModuleType) -> None:
     """Replace the functions of one of transformers' files."""
-    file.create_recurrent_attention_mask = _without_looking(file.create_recurrent_attention_mask)  # type: ignore[attr-defined]
+    file.create_recurrent_attention_mask = _checked_mask(file.create_recurrent_attention_mask)  # type: ignore[attr-defined]
     for name, ours in _FUNCTIONS.items():
         if original := getattr(file, name, None):
             setattr(file, name, _with_layouts(original, ours))
