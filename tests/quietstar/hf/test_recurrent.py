@@ -3,18 +3,22 @@
 import copy
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
 from unittest import mock
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
+import quietstar
 from quietstar import QuietStar, evaluate
+from quietstar.hf import recurrent
 from quietstar.hf.attention import WRAPPED_NAME
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import find_lm_head
-from quietstar.hf.modules import embeddings
+from quietstar.hf.modules import backbone, embeddings
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.testing.tolerance import FACTOR, FLOOR_ULPS
 from tests.quietstar.common import assert_same_gradients, text, texts_of
@@ -213,3 +217,79 @@ def test_written_thoughts(model_type, monkeypatch):
     model = everything.tiny_model(model_type, vocab_size=256)
     with in_fp64(model):
         test_online.test_loss_and_every_gradient("rlp", 0, model)
+
+
+@pytest.fixture
+def drop_in():
+    """``drop_in(model_type)``: a model, what takes a layout, since Mamba-2's head drops keywords, and its arguments."""
+
+    def make(model_type):
+        model, layout = everything.tiny_model(model_type), ThoughtLayout.every_position(1, 6, 1, 2)
+        model.set_attn_implementation(quietstar.register_attention("sdpa"))
+        ids = torch.randint(3, 61, (1, layout.M), generator=torch.Generator().manual_seed(1))
+        inputs = {"input_ids": ids, "position_ids": layout.position_ids(), "use_cache": False, "thought_layout": layout}
+        return model, backbone(model) if model_type == "mamba2" else model, inputs
+
+    yield make
+    quietstar.register_attention()
+
+
+@pytest.mark.parametrize("model_type", few(*FEW, "mamba2"))
+def test_a_layout_that_would_be_swallowed_is_an_error(drop_in, model_type):
+    model, run, inputs = drop_in(model_type)
+    case = inputs["thought_layout"], inputs["input_ids"], torch.zeros(1, 18, 61)
+    hidden = run(**inputs, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(find_lm_head(model).logits(hidden), packed(model, *case)[0], rtol=1e-5, atol=1e-5)
+    if run is not model:
+        with pytest.raises(ValueError, match="doesn't hand thought_layout on"):
+            model(**inputs)
+    for change, message in (
+        ({"use_cache": True}, "there can be no cache"),
+        ({"past_key_values" if run is model else "cache_params": DynamicCache(config=model.config)}, "there can be no cache"),
+        ({"seq_idx": torch.zeros(1, 18, dtype=torch.int32)}, "there can be no cu_seqlens or seq_idx"),
+        ({"cu_seq_lens_q": torch.tensor([0, 18])}, "there can be no cu_seqlens or seq_idx"),
+        ({"thought_layout": replace(inputs["thought_layout"], own="full")}, "must have own='causal'"),
+        ({"thought_layout": 3}, "thought_layout must be a ThoughtLayout, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**inputs | change)
+
+
+class Fused(torch.nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+@pytest.mark.parametrize("model_type", few(*FEW, "mamba2"))
+def test_a_layer_that_a_kernel_replaces_is_an_error(drop_in, model_type):
+    """As the kernels package does it: every layer gets a forward of its own, also those that have no kernel."""
+    model, run, inputs = drop_in(model_type)
+    want = run(**inputs)[0]
+    of_layers = [name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)]
+    for name in of_layers:
+        layer = model.get_submodule(name)
+        layer.forward = MethodType(type(layer).forward, layer)
+    assert torch.equal(run(**inputs)[0], want)
+    layer.forward = MethodType(Fused.forward, layer)
+    for message in ("something else runs the layer", "a kernel replaces its recurrent layers"):
+        with pytest.raises(ValueError, match=message):
+            run(**inputs)
+        with pytest.raises(ValueError, match=message):
+            packed(model, inputs["thought_layout"], inputs["input_ids"], torch.zeros(1, 18, 61))
+        model.set_submodule(of_layers[-1], Fused())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("bamba", marks=pytest.mark.long)])
+def test_kernels_of_single_functions_run_without_a_layout_alone(drop_in, model_type, monkeypatch):
+    """Those of a file, and the one for a whole mixer of Mamba-2 in training."""
+    model, run, inputs = drop_in(model_type)
+    want, file, called = run.train()(**inputs)[0], sys.modules[type(model).__module__], []
+    whole = "mamba2_split_conv1d_scan_combined"
+    kernels = {"causal_conv1d_fn": lambda x, *_, **__: called.append("conv") or x}
+    kernels |= {whole: lambda x, *_, **__: called.append("whole") or x[..., :64]} if hasattr(file, whole) else {}
+    for name in [x for x in vars(file) if callable(getattr(file, x)) and x.islower()]:
+        monkeypatch.setattr(file, name, kernels.get(name, getattr(file, name)))  # all of them come back in the end
+    recurrent.take_layouts(file)
+    assert torch.equal(run(**inputs)[0], want) and not called
+    run(**{name: x for name, x in inputs.items() if name != "thought_layout"})
+    assert {*called} == {"whole" if whole in kernels else "conv"}
