@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .branches import ANCHOR
-from .checks import FLOATS, Checker, check_instance, check_steps, on_host, refuse_where
+from .checks import FLOATS, Checker, check_instance, check_steps, refuse_where
 from .delta import fla, matmul, reference
+from .delta.matmul import finite, known
 from .layout import ThoughtLayout
 
 _OP = "thought_delta"
@@ -84,13 +85,13 @@ def thought_delta(
         rows = [_where_on(x, live) for x in rows]
         bad, bad_q = not_finite(*rows[1:], heads=v.shape[1]), not_finite(rows[0], heads=v.shape[1])
         poisoned = None
-        if not on_host(bad) or bool((bad | bad_q).any()) or text is not None:
-            rows = [x.where(x.isfinite(), 0) for x in rows]
+        if not known(bad) or bool((bad | bad_q).any()) or text is not None:
+            rows = [finite(x) for x in rows]
             poisoned = _poisoned(bad, layout, text)
         q, k, v, g = rows[:4]
         past = None if text is None else DeltaRows(*(x.to(wide_dtype) for x in (text.k, text.w, columns(text.g, text.w))))
         if past is not None:
-            past = DeltaRows(*(x.where(x.isfinite(), 0) for x in past))
+            past = DeltaRows(*map(finite, past))
         backend = fla.chosen(backend, v.device, dtype, k.shape[-1], beta is not None, past is not None)
         out, w = backend_of(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
         if poisoned is not None:
@@ -105,7 +106,7 @@ def _recurrent_rows(layout: ThoughtLayout) -> Tensor | None:
     follow."""
     check_recurrent(_OP, layout)
     live = layout.branches.live()
-    if on_host(live) and not torch.compiler.is_compiling() and bool(live.all()):
+    if known(live) and bool(live.all()):
         return None
     return torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), live], 1)
 

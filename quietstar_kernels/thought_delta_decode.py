@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .branches import ANCHOR, DEPTH, END, LENGTH, START
-from .checks import FLOATS, INTEGERS, on_host
+from .checks import FLOATS, INTEGERS, refuse_where
 from .delta import matmul
-from .delta.matmul import finite
+from .delta.matmul import finite, known
 from .layout import ThoughtLayout
 from .thought_delta import DeltaRows, backend_of, check_arguments, check_recurrent, check_rows, columns, not_finite
 
@@ -71,9 +71,13 @@ def thought_delta_decode(
             check.sizes["S"] = layout.S
         check_rows(check, "own", own, "P*N,S", device)
         most = check["S"] - 1
+        if layout.parent is not None:
+            above = layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long()) if layout.P else layout.parent
+            long = (layout.parent >= 0) & (above > check["S"])
+            refuse_where(long, f"{_OP}: own must hold all rows of a node with children, got S={check['S']}")
     if isinstance(step, Tensor):
         check.tensor("step", step, "", INTEGERS, device, "layout")
-    if not isinstance(step, Tensor) or (on_host(step) and not torch.compiler.is_compiling()):
+    if not isinstance(step, Tensor) or known(step):
         check.integer("step", int(step) if isinstance(step, Tensor) else step, 0, most, f"from 0 to S-1={most}")
     dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
     on = (layout.branches.table[..., LENGTH] > step)[:, None, :, None]

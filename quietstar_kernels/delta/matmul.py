@@ -55,11 +55,11 @@ def thought_delta(
         writes.append(past.w.flatten(2, 3)[:, :, :L])
     else:
         past = text_chunks(seen, None, *text)
-    if R and L and layout.P:  # else all are off
-        own: list[Any] = [x if x is None else x[:, :, x.shape[2] - R :] for x in rows]
+    own: list[Any] = [x if x is None else x[:, :, x.shape[2] - R :] for x in rows]
+    if R and L and layout.P:
         out, w = (_by_reads if way(layout, k.shape[-1]) == "reads" else _by_states)(layout, past, *own)
-    else:
-        out = w = v.new_zeros(*v.shape[:2], R, v.shape[3])
+    else:  # all are off
+        out = w = own[2] * 0
     return torch.cat([*outs, out], 2), torch.cat([*writes, w], 2)
 
 
@@ -316,17 +316,19 @@ class Rows:
         batch: int64 [A,n], of each block.
         row: int64 [A,n,b], -1 for none, which makes zeros.
         slot: int64 [B,R], the place of each row among the A * n * b, -1 for none.
+        full: of row and slot, whether they are known to hold no -1.
         grid: whether they are all rows in their order.
     """
 
     def __init__(self, batch: Tensor, row: Tensor, slot: Tensor):
         self.batch, self.row, self.slot = batch, row, slot
         B, R = slot.shape
+        self.full = tuple(known(x) and bool((x >= 0).all()) for x in (row, slot))
         self.grid = known(row) and row.shape[0] == B and torch.equal(row.flatten(1), torch.arange(R).expand(B, R))
 
     def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
         """int64 [A,heads,n,b] and [B,heads,R] among flat rows."""
-        h, R, size = torch.arange(heads, device=self.row.device)[:, None], self.slot.shape[1], self.row[0].numel()
+        h, R, size = torch.arange(heads, device=self.row.device)[:, None], self.slot.shape[1], self.row.shape[1:].numel()
         row, slot = self.row[:, None], self.slot[:, None]
         into = (self.batch[:, None, :, None] * heads + h[..., None]) * R + row
         back = (slot // size * heads + h) * size + slot % size
@@ -335,27 +337,30 @@ class Rows:
     def split(self, x: Tensor) -> Tensor:
         if self.grid:
             return x.unflatten(2, self.row.shape[1:])
-        return _Rows.apply(x, *self._indices(x.shape[1]))
+        return _Rows.apply(x, *self._indices(x.shape[1]), *self.full)
 
     def joined(self, x: Tensor) -> Tensor:
         if self.grid:
             return x.flatten(2, 3)
-        return _Rows.apply(x, *self._indices(x.shape[1])[::-1])
+        return _Rows.apply(x, *self._indices(x.shape[1])[::-1], *self.full[::-1])
 
 
 class _Rows(torch.autograd.Function):
-    """Rows [..,K] at flat places, zeros where these are -1; ``back`` has the place that each row went to."""
+    """Rows [..,K] at flat places, zeros where these are -1, if any; ``back`` has the place that each row went to."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, full: bool, back_full: bool) -> Tensor:
         ctx.save_for_backward(index, back)
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).index_select(0, index.clamp(min=0).flatten())
-        return rows.view(*index.shape, x.shape[-1]).masked_fill_((index < 0)[..., None], 0)
+        ctx.full = full, back_full
+        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        rows = flat.index_select(0, (index if full else index.clamp(min=0)).flatten()).view(*index.shape, x.shape[-1])
+        return rows if full else rows.masked_fill_((index < 0)[..., None], 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         index, back = ctx.saved_tensors
-        return _Rows.apply(grad, back, index), None, None
+        full, back_full = ctx.full
+        return _Rows.apply(grad, back, index, back_full, full), None, None, None, None
 
 
 class _Take(torch.autograd.Function):
@@ -488,7 +493,10 @@ class Plan(NamedTuple):
     first: Tensor
 
 
+@torch.compiler.disable
 def _plan(layout: ThoughtLayout) -> Plan:
+    if not has_values(layout.lo):
+        raise ValueError("thought_delta: a tree must have values, got a meta, fake or traced layout")
     B, R, device = layout.B, layout.R, layout.device
     branches = layout.branches
     table = branches.table.cpu().long()
@@ -539,7 +547,7 @@ def _by_states(
 ) -> tuple[Tensor, Tensor]:
     rows, sizes, above, batch, anchor, first = layout.table("delta plan", _plan)
     if not sizes:
-        return torch.zeros_like(v), torch.zeros_like(v)
+        return v * 0, v * 0
     q, k, v, g = (rows.split(x) for x in (q, k, v, g))
     seen = _causal(CHUNK, g.device)
     decay = _decay(g, seen)

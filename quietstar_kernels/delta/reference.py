@@ -31,7 +31,7 @@ def thought_delta(
     above = (parent + layout.M * torch.arange(B, device=v.device)[:, None]).flatten()
     given = torch.arange(layout.M, device=v.device).expand(B, -1).flatten() < first
     slot = torch.zeros_like(above)
-    found, outs, writes, states = [], [], [], v.new_zeros(0, H, k.shape[-1], E)
+    found, outs, writes, states = [slot[:0]], [v[:0]], [v[:0]], v.new_zeros(0, H, k.shape[-1], E)
     for step in range(int(place.where(live, -1).max()) + 1 if live.numel() else 0):
         now = (live & (place == step)).flatten().nonzero()[:, 0]
         S = v.new_zeros(len(now), H, k.shape[-1], E) if step == 0 else states[slot[above[now]]]
@@ -45,8 +45,6 @@ def thought_delta(
         found.append(now)
         outs.append((q[now][..., None] * states).sum(-2))
         writes.append(w)
-    if not found:
-        return (v.new_zeros(B, H, rows, E),) * 2
     order = torch.cat(found)
     out, w = (v.new_zeros(v.shape).index_copy(0, order, torch.cat(x)) for x in (outs, writes))
     out, w = (x.unflatten(0, (B, layout.M))[:, first:].transpose(1, 2) for x in (out, w))
