@@ -35,7 +35,6 @@ ARCHITECTURES = {
     "phi": {},
     "qwen3_5_text": GATED_DELTA | {"layer_types": ["linear_attention", "full_attention"]},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 96},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }
 
 
