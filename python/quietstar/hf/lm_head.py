@@ -57,7 +57,7 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,D] to logits [...,V]."""
-        logits = self.linear(hidden)
+        logits = self.linear(hidden.to(self.linear.weight.dtype))  # Mamba-2's is fp32
         logits = logits if self.scale is None else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
