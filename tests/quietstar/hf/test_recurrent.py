@@ -149,6 +149,12 @@ def test_packed_rows_are_those_of_ordinary_forwards(model_type, name):
     assert found64[2] <= units[1]
 
 
+@pytest.mark.parametrize("model_type", few("mamba2"))
+def test_half_precision(model_type):
+    """Mamba-2's last hidden state is fp32."""
+    assert quietstar.verify(everything.tiny_model(model_type).bfloat16()).ok
+
+
 @pytest.mark.parametrize("model_type", few(*FEW))
 def test_thoughts_are_those_of_a_slow_sampler(thinker, model_type):
     """Of a text that crosses a chunk."""
