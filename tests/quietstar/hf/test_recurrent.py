@@ -299,3 +299,14 @@ def test_kernels_of_single_functions_run_without_a_layout_alone(drop_in, model_t
     assert torch.equal(run(**inputs)[0], want) and not called
     run(**{name: x for name, x in inputs.items() if name != "thought_layout"})
     assert {*called} == {"whole" if whole in kernels else "conv"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", [*FEW, "kimi_linear"])
+def test_compiled_equals_eager(drop_in, model_type):
+    model, run, inputs = drop_in(model_type)
+    found = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        call(**inputs).logits.log_softmax(-1)[..., 0].mean().backward()
+        found.append(taken_gradients(model))
+    assert_same_gradients(*found, 1e-5)
