@@ -348,37 +348,47 @@ class Rows:
 class _Rows(torch.autograd.Function):
     """Rows [..,K] at flat places, zeros where these are -1, if any; ``back`` has the place that each row went to."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, full: bool, back_full: bool) -> Tensor:
-        ctx.save_for_backward(index, back)
-        ctx.full = full, back_full
+    def forward(x: Tensor, index: Tensor, back: Tensor, full: bool, back_full: bool) -> Tensor:
         flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         rows = flat.index_select(0, (index if full else index.clamp(min=0)).flatten()).view(*index.shape, x.shape[-1])
         return rows if full else rows.masked_fill_((index < 0)[..., None], 0)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, index, back, *ctx.full = inputs
+        ctx.save_for_backward(index, back)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         index, back = ctx.saved_tensors
-        full, back_full = ctx.full
-        return _Rows.apply(grad, back, index, back_full, full), None, None, None, None
+        return _Rows.apply(grad, back, index, *ctx.full[::-1]), None, None, None, None
 
 
 class _Take(torch.autograd.Function):
     """x[index] in dimension 0, where an index may come again. The gradient is a sum in a fixed order."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
+    def forward(x: Tensor, index: Tensor) -> Tensor:
         return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, index = inputs
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (index,) = ctx.saved_tensors
         zero = grad.new_zeros(ctx.rows, *grad.shape[1:])
         if grad.device.type == "cpu":
-            return zero.index_add_(0, index, grad), None
-        return zero.index_put_((index,), grad, accumulate=True), None  # it sorts, where index_add_ races
+            return zero.index_add(0, index, grad), None
+        return zero.index_put((index,), grad, accumulate=True), None  # it sorts, where index_add races
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
