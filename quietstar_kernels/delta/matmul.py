@@ -15,6 +15,7 @@ are two ways to it, which give the same numbers to rounding:
 **Choice.** With K = E, reads cost 4 K^2 + 8 CHUNK K + 6 S K multiplications and additions per row for branches of S rows, and
 states 6 K^2 + 6 CHUNK K + 2 CHUNK K^2 / S; they also keep K^2 / S numbers per row. These are equal at S of about 3/8 K. But
 states fill their last chunks only in part, and take S / CHUNK steps where reads take one. So ``way`` takes reads up to S = K.
+With a decay for each channel, reads cost log2(CHUNK) times the products with k, and ``way`` takes them up to 3/4 CHUNK.
 
 **Decay.** g is summed from one row to another, never by a difference of two sums, so that a strong decay costs no digits. With
 a decay for each channel, e^(sum from j to i) is split where the binary numbers of i and j part: both factors are at most 1.
@@ -57,17 +58,18 @@ def thought_delta(
         past = text_chunks(seen, None, *text)
     own: list[Any] = [x if x is None else x[:, :, x.shape[2] - R :] for x in rows]
     if R and L and layout.P:
-        out, w = (_by_reads if way(layout, k.shape[-1]) == "reads" else _by_states)(layout, past, *own)
+        by_reads = way(layout, k.shape[-1], g.shape[-1] > 1) == "reads"
+        out, w = (_by_reads if by_reads else _by_states)(layout, past, *own)
     else:  # all are off
         out = w = own[2] * 0
     return torch.cat([*outs, out], 2), torch.cat([*writes, w], 2)
 
 
-def way(layout: ThoughtLayout, K: int) -> str:
-    """ "reads" or "states"; see the module's text."""
+def way(layout: ThoughtLayout, K: int, channels: bool = False) -> str:
+    """ "reads" or "states", see the module's text; ``channels``: with a decay for each channel."""
     if layout.parent is not None:
         return "states"
-    short = layout.rows <= max(K, CHUNK)
+    short = layout.rows <= (3 * CHUNK // 4 if channels else max(K, CHUNK))
     if layout.packed_rows is not None:  # a block for each branch, as long as the longest
         short = short and layout.P * layout.rows <= 4 * layout.R
     return "reads" if short or not has_values(layout.lo) or torch.compiler.is_compiling() else "states"

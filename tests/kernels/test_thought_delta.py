@@ -307,27 +307,42 @@ def test_edges(by, layout, take_way):
 def test_the_choice():
     assert matmul.way(ThoughtLayout.every_position(1, 4, 1, 64), 64) == "reads"
     assert matmul.way(ThoughtLayout.every_position(1, 4, 1, 65), 64) == "states"
+    assert matmul.way(ThoughtLayout.every_position(1, 4, 1, 32), 64, channels=True) == "states"
     ragged = ThoughtLayout.packed(torch.zeros(1, 9).long(), torch.tensor([[40] + [1] * 8]), text_length=4)
     assert matmul.way(ragged, 64) == "states"
     assert matmul.way(ThoughtLayout.tree(*torch.tensor([[[3, 0]], [[-1, 0]], [[2, 2]]]), text_length=4), 64) == "states"
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("K", [0, 4])
-def test_no_host_values(K):
-    """Reads run on fake tensors, and in one graph of torch.compile."""
+def few_anchors(channels, seed=1):
     layout = ThoughtLayout.at(torch.tensor([[2, 9, 30, 33]]), 2, 3, text_length=40)
-    inputs = draw_inputs(1, layout)
-    inputs["g"] = inputs["g"][..., 0] if inputs["g"].ndim == 4 else inputs["g"]
-    if K:
-        inputs["g"] = inputs["g"][..., None].expand(*inputs["g"].shape, inputs["k"].shape[3])
+    inputs = draw_inputs(seed, layout)
+    g = inputs["g"] if inputs["g"].ndim == 3 else inputs["g"][..., 0]
+    return layout, inputs | {"g": g[..., None] * torch.arange(1, inputs["k"].shape[3] + 1) if channels else g}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("channels", [False, True])
+def test_one_compiled_graph(channels):
+    layout, inputs = few_anchors(channels)
     compiled = torch.compile(lambda **x: thought_delta(**x, layout=layout), backend="aot_eager", fullgraph=True)
     assert_same(results(compiled, inputs), results(partial(thought_delta, layout=layout), inputs), "compiled")
-    want = [x.shape for x in thought_delta(**inputs, layout=layout)]
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_no_value_is_read(channels):
+    """On fake tensors, so a CUDA graph can capture it: the op where it reads, and each function of decoding."""
+    layout, inputs = few_anchors(channels)
+    steps = Steps(layout, inputs, thought_delta(**inputs, layout=layout)[1])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {name: x if x is None else mode.from_tensor(x) for name, x in inputs.items()}
+        inputs = {name: x if x is None else mode.from_tensor(x) for name, x in inputs.items()}
         layout = ThoughtLayout.at(mode.from_tensor(layout.anchor), 2, 3, lo=mode.from_tensor(layout.lo))
-        assert [x.shape for x in thought_delta(**fake, layout=layout)] == want
+        assert results(partial(thought_delta, layout=layout), inputs)["out"].shape == steps.w.shape
+        text, own = (DeltaRows(*map(mode.from_tensor, rows)) for rows in (steps.text, steps.written(0)))
+        states, step = text_states(text, layout.lo), mode.from_tensor(torch.tensor(1))
+        now = {name: x if x is None else x[:, :, :8] for name, x in inputs.items()}
+        for kept in (own, anchor_states(text, states, layout)):
+            thought_delta_decode(**now, text=text, states=states, own=kept, layout=layout, step=step)
+        advance_states(text, states, layout.lo, mode.from_tensor(torch.tensor([7])))
 
 
 def test_refusals():
