@@ -233,9 +233,9 @@ def _solved(
     return w, reads
 
 
-def _plus(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a b."""
-    return torch.baddbmm(*(y.flatten(0, -3) for y in (x, a, b))).view_as(x)
+def _plus(x: Tensor, a: Tensor, b: Tensor, times: int = 1) -> Tensor:
+    """x + times a b."""
+    return torch.baddbmm(*(y.flatten(0, -3) for y in (x, a, b)), alpha=times).view_as(x)
 
 
 def _out(q: Tensor, k: Tensor, w: Tensor, g: Tensor, seen: Tensor, decay: Tensor | None, states: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def _run(
             S = torch.addcmul(end[i - 1] @ writes[-1], S, carry[i - 1])
             S = S if above is None else _take(S, above[i - 1])
             states.append(S)
-        writes.append(write if reads is None else _plus(write, reads[i], -S))
+        writes.append(write if reads is None else _plus(write, reads[i], S, -1))
     return states, writes
 
 
@@ -325,11 +325,18 @@ class Rows:
     def __init__(self, batch: Tensor, row: Tensor, slot: Tensor):
         self.batch, self.row, self.slot = batch, row, slot
         B, R = slot.shape
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
         self.full = tuple(known(x) and bool((x >= 0).all()) for x in (row, slot))
         self.grid = known(row) and row.shape[0] == B and torch.equal(row.flatten(1), torch.arange(R).expand(B, R))
 
     def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
         """int64 [A,heads,n,b] and [B,heads,R] among flat rows."""
+        if heads not in self._made:
+            with torch.inference_mode(False):  # a backward saves them
+                self._made[heads] = self._make_indices(heads)
+        return self._made[heads]
+
+    def _make_indices(self, heads: int) -> tuple[Tensor, Tensor]:
         h, R, size = torch.arange(heads, device=self.row.device)[:, None], self.slot.shape[1], self.row.shape[1:].numel()
         row, slot = self.row[:, None], self.slot[:, None]
         into = (self.batch[:, None, :, None] * heads + h[..., None]) * R + row

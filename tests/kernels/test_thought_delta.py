@@ -18,6 +18,7 @@ from quietstar_kernels import (
     thought_delta_decode,
 )
 from quietstar_kernels.branches import LENGTH, START
+from quietstar_kernels.checks import on_host
 from quietstar_kernels.delta import matmul
 from quietstar_kernels.testing import LAYOUT_KINDS, assert_op_close_as_plain, random_layout
 from tests.kernels.drawn import normal, seeded
@@ -96,9 +97,21 @@ def take_way(monkeypatch):
     return lambda way: monkeypatch.setattr(matmul, "way", lambda *_: way)
 
 
+@pytest.fixture
+def draw_tables(monkeypatch):
+    """Half of the layouts get tables as they are on a GPU, of which the host knows no value."""
+
+    def draw(seed):
+        host = random.Random(-seed - 1).random() < 0.5
+        monkeypatch.setattr(matmul, "known", lambda x: host and on_host(x))
+
+    return draw
+
+
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_random_layouts(seeds, take_way):
+def test_random_layouts(seeds, take_way, draw_tables):
     for seed in seeds:
+        draw_tables(seed)
         layout = draw_layout(seed)
         inputs = draw_inputs(seed, layout)
         op = after_text if seed % 3 == 0 else thought_delta
@@ -244,9 +257,10 @@ def decoded(layout, inputs, by):
 
 @pytest.mark.parametrize("by", ["reference", "matmul"])
 @pytest.mark.parametrize("seeds", LEAK_SEEDS)
-def test_decode_is_the_op_row_by_row(seeds, by):
+def test_decode_is_the_op_row_by_row(seeds, by, draw_tables):
     """Also where a row is NaN, which then changes no other branch by a bit."""
     for seed in seeds:
+        draw_tables(seed)
         draw, layout = random.Random(seed), draw_layout(seed, rows=(3, 5))
         inputs = draw_inputs(seed, layout)
         want, found = decoded(layout, inputs, by)
