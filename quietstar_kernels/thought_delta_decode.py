@@ -143,7 +143,7 @@ def _path_slots(layout: ThoughtLayout, tree: Tensor, S: int) -> Tensor:
 def text_states(text: DeltaRows, lo: Tensor) -> Tensor:
     """The states [B,H,n,K,E] of a text before rows 0, 32, 64, .., from what its rows left. ``lo`` [B,L]: of its layout."""
     text = DeltaRows(*(finite(x) for x in _wide(text, text.w.dtype)))
-    return matmul.text_chunks(matmul.chunk_masks(lo), None, *text).states
+    return matmul.text_chunks(matmul.chunk_masks(lo), None, *text)[1].states
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def anchor_states(text: DeltaRows, states: Tensor, layout: ThoughtLayout) -> Ten
     last = anchor.clamp(min=0)
     bad = ~text.w.sum(-1).isfinite().gather(2, last[:, None].expand(B, H, C))
     rows = (finite(x) for x in _wide(text, text.w.dtype))
-    past = matmul.text_chunks(matmul.masks_of(layout), states, *rows)
+    _, past = matmul.text_chunks(matmul.masks_of(layout), states, *rows)
     batch = torch.arange(B, device=anchor.device)[:, None].expand(B, C)
     found = matmul.state_at(past, batch.flatten(), last.flatten()).unflatten(0, (B, C)).transpose(1, 2)
     found = found.masked_fill(bad[..., None, None], torch.nan)
@@ -183,7 +183,7 @@ def advance_states(text: DeltaRows, states: Tensor, lo: Tensor, place: Tensor) -
     k, w, g = (finite(x.index_select(2, rows.clamp(max=x.shape[2] - 1))) for x in _wide(text, states.dtype))
     chunk = place // matmul.CHUNK
     seen = matmul.chunk_masks(lo).index_select(2, chunk)
-    past = matmul.text_chunks(seen, states.index_select(2, chunk), k, w, g)
+    _, past = matmul.text_chunks(seen, states.index_select(2, chunk), k, w, g)
     batch = torch.arange(len(lo), device=lo.device)
     found = matmul.state_at(past, batch, (place % matmul.CHUNK).expand(len(lo)))[:, :, None]
     following = (chunk + 1).clamp(max=states.shape[2] - 1)

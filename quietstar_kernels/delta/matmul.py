@@ -46,23 +46,22 @@ def thought_delta(
     L, R, H = layout.L, layout.R, v.shape[1]
     if g.shape[-1] > 1:  # the decay is part of the keys
         q, k = spread(q, H), spread(k, H)
-    rows: list[Any] = [q, k, v, g, beta]
     seen = masks_of(layout)
-    outs, writes = [], []
     if text is None:
-        of_text: list[Any] = [x if x is None else x[:, :, :L] for x in rows]
-        out, past = _text(seen, *of_text)
-        outs.append(out)
-        writes.append(past.w.flatten(2, 3)[:, :, :L])
+        of_text: list[Any] = [x if x is None else x[:, :, :L] for x in (k, v, g, q, beta)]
+        text_out, past = text_chunks(seen, None, *of_text)
     else:
-        past = text_chunks(seen, None, *text)
-    own: list[Any] = [x if x is None else x[:, :, x.shape[2] - R :] for x in rows]
+        text_out, past = text_chunks(seen, None, *text)
+    own: list[Any] = [x if x is None else x[:, :, x.shape[2] - R :] for x in (q, k, v, g, beta)]
     if R and L and layout.P:
         by_reads = way(layout, k.shape[-1], g.shape[-1] > 1) == "reads"
         out, w = (_by_reads if by_reads else _by_states)(layout, past, *own)
     else:  # all are off
         out = w = own[2] * 0
-    return torch.cat([*outs, out], 2), torch.cat([*writes, w], 2)
+    if text_out is None:
+        return out, w
+    text_out, text_w = (x.flatten(2, 3)[:, :, :L] for x in (text_out, past.w))
+    return torch.cat([text_out, out], 2), torch.cat([text_w, w], 2)
 
 
 def way(layout: ThoughtLayout, K: int, channels: bool = False) -> str:
@@ -119,20 +118,22 @@ def _causal(rows: int, device: torch.device) -> Tensor:
     return torch.ones(rows, rows + 1, dtype=torch.bool, device=device).tril(1)
 
 
-def _text(seen: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> tuple[Tensor, Chunks]:
-    L = v.shape[2]
-    q, k, v, g = (_chunked(x) for x in (q, k, v, g))
-    decay = _decay(g, seen)
-    w, reads = _solved(k, v, g, None if beta is None else _chunked(beta), seen, decay)
-    states, w = _walk(k, w, reads, g, seen, decay)
-    out = _out(q, k, w, g, seen, decay, states)
-    return out.flatten(2, 3)[:, :, :L], Chunks(k, w, g, seen, states)
+def text_chunks(
+    seen: Tensor, states: Tensor | None, k: Tensor, w: Tensor, g: Tensor, q: Tensor | None = None, beta: Tensor | None = None
+) -> tuple[Tensor | None, Chunks]:
+    """From what the rows of a text left: k [B,G,L,K], w [B,H,L,E], g [B,H,L,1 or K]; with beta, w is v.
 
-
-def text_chunks(seen: Tensor, states: Tensor | None, k: Tensor, w: Tensor, g: Tensor) -> Chunks:
-    """From what the rows of a text left: k [B,G,L,K], w [B,H,L,E], g [B,H,L,1 or K]."""
-    k, w, g = (_chunked(x) for x in (k if g.shape[-1] == 1 else spread(k, w.shape[1]), w, g))
-    return Chunks(k, w, g, seen, _walk(k, w, None, g, seen, _decay(g, seen))[0] if states is None else states)
+    Returns what q reads, [B,H,n,CHUNK,E], and the chunks.
+    """
+    out, (k, w, g) = None, (_chunked(x) for x in (k if g.shape[-1] == 1 else spread(k, w.shape[1]), w, g))
+    if states is None:
+        states = w.new_zeros(*w.shape[:2], min(w.shape[2], 1), k.shape[-1], w.shape[-1])
+        if w.shape[2]:
+            q, beta = (x if x is None else _chunked(x) for x in (q, beta))
+            out, w, states = _recur(
+                states[:, :, 0], lambda x: x.unbind(2), lambda x: torch.stack(x, 2), None, seen, q, k, w, g, beta
+            )
+    return out, Chunks(k, w, g, seen, states)
 
 
 def _chunked(x: Tensor) -> Tensor:
@@ -220,58 +221,41 @@ def _read(x: Tensor, S: Tensor, start: Tensor) -> Tensor:
     return _apply(x, S) * start if start.shape[-1] == 1 else (x * start) @ S
 
 
-def _solved(
-    k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, seen: Tensor, decay: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """w from a zero state, and [..,rows,K] whose product with the state before the chunk is to be taken from it."""
-    if beta is None:
-        return v, None
-    start = _start(g, seen, decay) * beta
-    both = torch.cat([v * beta, spread(k, v.shape[1]) * start], -1)
-    both = torch.linalg.solve_triangular(_scores(k, k, g, seen, decay) * beta, both, upper=False, unitriangular=True)
-    w, reads = both.split([v.shape[-1], k.shape[-1]], -1)
-    return w, reads
-
-
 def _plus(x: Tensor, a: Tensor, b: Tensor, times: int = 1) -> Tensor:
     """x + times a b."""
     return torch.baddbmm(*(y.flatten(0, -3) for y in (x, a, b)), alpha=times).view_as(x)
 
 
-def _out(q: Tensor, k: Tensor, w: Tensor, g: Tensor, seen: Tensor, decay: Tensor | None, states: Tensor) -> Tensor:
-    return _plus(_read(q, states, _start(g, seen, decay)), _scores(q, k, g, seen, decay), w)
+def _recur(
+    S: Tensor, cut: Callable[[Tensor], Sequence[Tensor]], join: Callable[[list[Tensor]], Tensor],
+    above: Sequence[Tensor] | None, seen: Tensor, q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Chunks [..,rows,*], level after level: out (None without q), w, and the state before each chunk.
 
-
-def _walk(k: Tensor, w: Tensor, reads: Tensor | None, g: Tensor, seen: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The states at the start of each chunk of the text, and w."""
-    zero = w.new_zeros(*w.shape[:2], k.shape[-1], w.shape[-1])
-    if not w.shape[2]:
-        return zero[:, :, None][:, :, :0], w
+    Args:
+        S: those before the chunks of the first level.
+        cut, join: from all chunks to those of each level, and back.
+        above: of each level but the first, where in the level before the parents are; None if in the same places.
+    """
+    H, decay = v.shape[1], _decay(g, seen)
+    start, w, reads = _start(g, seen, decay), v, None
+    if beta is not None:
+        both = torch.cat([v * beta, spread(k, H) * (start * beta)], -1)
+        both = torch.linalg.solve_triangular(_scores(k, k, g, seen, decay) * beta, both, upper=False, unitriangular=True)
+        w, keys = both.split([v.shape[-1], k.shape[-1]], -1)
+        reads = cut(keys)
     end, carry = _end(g, seen, decay)
-    end = (spread(k, w.shape[1]) * end).mT
-    levels: list[Any] = [x if x is None else x.unbind(2) for x in (w, reads, end, carry)]
-    states, writes = _run(zero, None, *levels)
-    return torch.stack(states, 2), w if reads is None else torch.stack(writes, 2)
-
-
-def _run(
-    S: Tensor,
-    above: Sequence[Tensor] | None,
-    w: Sequence[Tensor],
-    reads: Sequence[Tensor] | None,
-    end: Sequence[Tensor],
-    carry: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """From level to level of chunks: the state before each, and w. ``above``: of each level but the first, its parents."""
-    states: list[Tensor] = [S]
+    levels = list(zip(cut(w), cut((spread(k, H) * end).mT), cut(carry), strict=True))
+    states: list[Tensor] = []
     writes: list[Tensor] = []
-    for i, write in enumerate(w):
-        if i:
-            S = torch.addcmul(end[i - 1] @ writes[-1], S, carry[i - 1])
-            S = S if above is None else _take(S, above[i - 1])
-            states.append(S)
+    for i, (write, end, carry) in enumerate(levels):
+        states.append(S)
         writes.append(write if reads is None else _plus(write, reads[i], S, -1))
-    return states, writes
+        if i + 1 < len(levels):
+            S = torch.addcmul(end @ writes[-1], S, carry)
+            S = S if above is None else _take(S, above[i])
+    before, w = join(states), join(writes)
+    return None if q is None else _plus(_read(q, before, start), _scores(q, k, g, seen, decay), w), w, before
 
 
 def _by_reads(
@@ -568,16 +552,9 @@ def _by_states(
     if not sizes:
         return v * 0, v * 0
     q, k, v, g = (rows.split(x) for x in (q, k, v, g))
-    seen = _causal(CHUNK, g.device)
-    decay = _decay(g, seen)
-    w, reads = _solved(k, v, g, None if beta is None else rows.split(beta), seen, decay)
-    end, carry = _end(g, seen, decay)
-    end = (spread(k, v.shape[1]) * end).mT
+    beta = None if beta is None else rows.split(beta)
     S = _take(state_at(past, batch, anchor), first)[:, :, None]
-    levels: list[Any] = [x if x is None else x.split(sizes) for x in (w, reads, end, carry)]
-    states, writes = _run(S, above, *levels)
-    w = torch.cat(writes)
-    out = _out(q, k, w, g, seen, decay, torch.cat(states))
+    out, w, _ = _recur(S, lambda x: x.split(sizes), torch.cat, above, _causal(CHUNK, g.device), q, k, v, g, beta)
     return rows.joined(out), rows.joined(w)
 
 
@@ -609,7 +586,7 @@ def read_rows(x: Tensor, g: Tensor, text: tuple, states: Tensor, own: tuple, see
     k, w, decay = own
     if channels:
         x, k = spread(x, H), spread(k, H)
-    past = text_chunks(masks_of(layout), states, *text)
+    _, past = text_chunks(masks_of(layout), states, *text)
     decay = decay.where(seen[:, None, ..., None], 0)
     left = (decay.sum(3) + g).exp()
     decay = (_after(decay) + g[:, :, :, None]).exp() * seen[:, None, ..., None]
