@@ -184,26 +184,35 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _scores(
-    x: Tensor, k: Tensor, g: Tensor, seen: Tensor, decay: Tensor | None, of_row: Callable[[Tensor], Tensor] = _identity
-) -> Tensor:
+    xs: Sequence[Tensor],
+    k: Tensor,
+    g: Tensor,
+    seen: Tensor,
+    decay: Tensor | None,
+    of_row: Callable[[Tensor], Tensor] = _identity,
+) -> list[Tensor]:
     """x k^T with decay, [..,rows of x,rows of k]. ``of_row`` takes tables of the rows of k to those of x, if these differ."""
     if decay is not None:
-        return spread(x @ k.mT, decay.shape[1]) * of_row(decay)[..., 1:]
+        decay = of_row(decay)[..., 1:]
+        return [spread(x @ k.mT, decay.shape[1]) * decay for x in xs]
     rows = k.shape[-2]
     i = torch.arange(rows, device=k.device)
     part = i[:, None] ^ i
 
-    def of_size(size: int, x: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    def of_size(size: int, k: Tensor, g: Tensor, *xs: Tensor) -> list[Tensor]:
         """The scores of rows in one half of a block of 2 size rows with those in the other."""
         blocks = pad(g, (0, 0, 0, -rows % size)).unflatten(-2, (-1, size))
         before, after = (y.flatten(-3, -2)[..., :rows, :].exp() for y in (blocks.cumsum(-2), _after(blocks)))
-        return ((x * of_row(before)) @ (k * after).mT) * of_row(seen[..., 1:] & (part >= size) & (part < 2 * size))
+        apart = of_row(seen[..., 1:] & (part >= size) & (part < 2 * size))
+        before, keys = of_row(before), (k * after).mT
+        return [((x * before) @ keys) * apart for x in xs]
 
-    scores, size = (x @ k.mT) * of_row(seen[..., 1:] & (part == 0)), 1
+    same, size = of_row(seen[..., 1:] & (part == 0)), 1
+    scores = [(x @ k.mT) * same for x in xs]
     while size < rows:
         # A backward makes these again, which would be four more copies of x and k for each size.
-        scores = scores + checkpoint(of_size, size, x, k, g, use_reentrant=False, preserve_rng_state=False)
-        size *= 2
+        more = checkpoint(of_size, size, k, g, *xs, use_reentrant=False, preserve_rng_state=False)
+        scores, size = [x + y for x, y in zip(scores, more, strict=True)], 2 * size
     return scores
 
 
@@ -239,9 +248,10 @@ def _recur(
     """
     H, decay = v.shape[1], _decay(g, seen)
     start, w, reads = _start(g, seen, decay), v, None
+    scores = _scores([x for x in (q, None if beta is None else k) if x is not None], k, g, seen, decay)
     if beta is not None:
         both = torch.cat([v * beta, spread(k, H) * (start * beta)], -1)
-        both = torch.linalg.solve_triangular(_scores(k, k, g, seen, decay) * beta, both, upper=False, unitriangular=True)
+        both = torch.linalg.solve_triangular(scores[-1] * beta, both, upper=False, unitriangular=True)
         w, keys = both.split([v.shape[-1], k.shape[-1]], -1)
         reads = cut(keys)
     end, carry = _end(g, seen, decay)
@@ -255,7 +265,7 @@ def _recur(
             S = torch.addcmul(end @ writes[-1], S, carry)
             S = S if above is None else _take(S, above[i])
     before, w = join(states), join(writes)
-    return None if q is None else _plus(_read(q, before, start), _scores(q, k, g, seen, decay), w), w, before
+    return None if q is None else _plus(_read(q, before, start), scores[0], w), w, before
 
 
 def _by_reads(
@@ -269,18 +279,16 @@ def _by_reads(
     start = _start(g, seen, decay)
     read = reader(blocks, past, None if decay is None else blocks.rows.split(own.joined(start)))
 
-    def of_anchor(x: Tensor) -> Tensor:
-        """What x reads of the state at the anchor."""
-        return own.split(blocks.rows.joined(read(blocks.rows.split(own.joined(x if decay is not None else x * start)))))
-
-    if beta is None:
-        w = v
-    else:
+    xs = [q] if beta is None else [q, k]
+    scores = _scores(xs, k, g, seen, decay)
+    # What they read of the state at the anchor.
+    found = read([blocks.rows.split(own.joined(x if decay is not None else x * start)) for x in xs])
+    found = [own.split(blocks.rows.joined(x)) for x in found]
+    w = v
+    if beta is not None:
         beta = own.split(beta)
-        scores = _scores(k, k, g, seen, decay) * beta
-        w = torch.linalg.solve_triangular(scores, (v - of_anchor(k)) * beta, upper=False, unitriangular=True)
-    out = _plus(of_anchor(q), _scores(q, k, g, seen, decay), w)
-    return own.joined(out), own.joined(w)
+        w = torch.linalg.solve_triangular(scores[1] * beta, (v - found[1]) * beta, upper=False, unitriangular=True)
+    return own.joined(_plus(found[0], scores[0], w)), own.joined(w)
 
 
 class _Grid(NamedTuple):
@@ -436,8 +444,8 @@ def blocks_of(anchor: Tensor, live: Tensor, L: int, most: int) -> Blocks:
     return Blocks(Rows(batch.expand(B, n), row, slot + batch * n * b), of_block, place)
 
 
-def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False) -> Callable[[Tensor], Tensor]:
-    """A function of x [B,G,n,b,K] that gives [B,H,n,b,E], what each row reads of the state at its anchor.
+def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """A function of tensors [B,G,n,b,K] that gives [B,H,n,b,E], what each row reads of the state at its anchor.
 
     Args:
         own: [B,H,n,b,1], how much is left of that state in the branch; not with a decay for each channel, which is in x.
@@ -459,11 +467,17 @@ def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False
 
     k, w, g, seen, S = (of_chunk(x) for x in past)
     decay = _decay(g, seen)
-    if decay is None or own is None:
-        start = of_row(_start(g, seen, decay))
-        return lambda x: _plus(_read(x, S, start), _scores(x, k, g, seen, decay, of_row), w)
-    decay = of_row(decay) * own
-    return lambda x: _plus(_read(x, S, decay[..., :1]), _scores(x, k, g, seen, decay), w)
+    if decay is not None and own is not None:
+        pick, decay = _identity, of_row(decay) * own
+        start = decay[..., :1]
+    else:
+        pick, start = of_row, of_row(_start(g, seen, decay))
+
+    def read(xs: Sequence[Tensor]) -> list[Tensor]:
+        scores = _scores(xs, k, g, seen, decay, pick)
+        return [_plus(_read(x, S, start), y, w) for x, y in zip(xs, scores, strict=True)]
+
+    return read
 
 
 def _branch_rows(layout: ThoughtLayout) -> Rows:
@@ -595,8 +609,8 @@ def read_rows(x: Tensor, g: Tensor, text: tuple, states: Tensor, own: tuple, see
         return scores @ w
     blocks = layout.table("delta decode blocks", _decode_blocks)
     read = reader(blocks, past, None if channels else blocks.rows.split(left), clean=True)
-    reads = [blocks.rows.joined(read(blocks.rows.split(y * left if channels else y))) for y in x.unbind(3)]
-    return _plus(torch.stack(reads, 3), scores, w)
+    reads = read([blocks.rows.split(y * left if channels else y) for y in x.unbind(3)])
+    return _plus(torch.stack([blocks.rows.joined(y) for y in reads], 3), scores, w)
 
 
 def _decode_blocks(layout: ThoughtLayout) -> Blocks:
