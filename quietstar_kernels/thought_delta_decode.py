@@ -56,6 +56,7 @@ def thought_delta_decode(
         ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
     """
     check = check_arguments(_OP, q, k, v, g, beta, layout, "P*N")
+    backend = check.choice("backend", backend, ("auto", "matmul", "reference"))
     layout.table("recurrent layout", lambda layout: check_recurrent(_OP, layout))
     device, H = layout.device, v.shape[1]
     check_rows(check, "text", text, "L", device)

@@ -384,6 +384,7 @@ def test_refusals():
     in_tree = {name: y[:, :, :2] if isinstance(y, torch.Tensor) else y for name, y in x.items()} | {"layout": tree}
     in_tree["states"] = x["states"]
     wrong = [
+        ({"backend": "fla"}, "backend must be one of auto, matmul, reference"),
         ({"step": 2}, "step must be from 0 to S-1=1"),
         ({"states": x["states"][:, :1]}, r"states must have shape \[B,H,n,K,E\]"),
         ({"own": own._replace(w=own.w[:, :, :, :1])}, r"own.w must have shape"),
