@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .branches import ANCHOR, DEPTH, END, LENGTH, START
 from .checks import FLOATS, INTEGERS, refuse_where
-from .delta import matmul
+from .delta import CHUNK, matmul
 from .delta.matmul import finite, known
 from .layout import ThoughtLayout
 from .thought_delta import DeltaRows, backend_of, check_arguments, check_recurrent, check_rows, columns, not_finite
@@ -60,7 +60,7 @@ def thought_delta_decode(
     layout.table("recurrent layout", lambda layout: check_recurrent(_OP, layout))
     device, H = layout.device, v.shape[1]
     check_rows(check, "text", text, "L", device)
-    check.sizes["n"] = -(-layout.L // matmul.CHUNK)
+    check.sizes["n"] = -(-layout.L // CHUNK)
     check.tensor("states", states, "B,H,n,K,E", FLOATS, device, "layout")
     if isinstance(own, Tensor):
         if layout.parent is not None:
@@ -180,12 +180,12 @@ def advance_states(text: DeltaRows, states: Tensor, lo: Tensor, place: Tensor) -
         lo: int32 [B,L], the start of each row's document.
         place: int64 [1].
     """
-    rows = place // matmul.CHUNK * matmul.CHUNK + torch.arange(matmul.CHUNK, device=place.device)
+    rows = place // CHUNK * CHUNK + torch.arange(CHUNK, device=place.device)
     k, w, g = (finite(x.index_select(2, rows.clamp(max=x.shape[2] - 1))) for x in _wide(text, states.dtype))
-    chunk = place // matmul.CHUNK
+    chunk = place // CHUNK
     seen = matmul.chunk_masks(lo).index_select(2, chunk)
     _, past = matmul.text_chunks(seen, states.index_select(2, chunk), k, w, g)
     batch = torch.arange(len(lo), device=lo.device)
-    found = matmul.state_at(past, batch, (place % matmul.CHUNK).expand(len(lo)))[:, :, None]
+    found = matmul.state_at(past, batch, (place % CHUNK).expand(len(lo)))[:, :, None]
     following = (chunk + 1).clamp(max=states.shape[2] - 1)
     states.index_copy_(2, following, found.where(chunk + 1 == following, states.index_select(2, following)))

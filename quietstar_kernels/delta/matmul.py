@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from ..branches import ANCHOR, LENGTH, PARENT, START
 from ..checks import has_values, on_host
 from ..layout import ThoughtLayout
+from . import CHUNK
 
-CHUNK = 32
 BLOCK = 64  # most rows of a block that reads one chunk
 
 
