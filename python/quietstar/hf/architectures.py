@@ -55,6 +55,8 @@ RECURRENT_FILES = [
     "granitemoehybrid", "nemotron_h", "bamba", "falcon_h1", "zamba2", "mamba2",
 ]  # fmt: skip
 RECURRENT = frozenset(RECURRENT_FILES + ["qwen3_5_text", "qwen3_5_moe_text"])
+# Files of refused ones that nothing but recurrent layers mixes positions in.
+WITHOUT_ATTENTION = ["mamba", "falcon_mamba", "rwkv", "xlstm"]
 
 # Model types whose decoder layers are given the layout but don't pass it on to attention.
 DROP_LAYOUT = ("nemotron", "stablelm")

@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from quietstar.hf.architectures import DROP_LAYOUT, WITHOUT_EFFECT, check_row_count, chunk_limit, wrong_with_layout
 from quietstar.hf.decoder import PackedPass, ThoughtPass
 from quietstar.hf.positions import check_layout, rotary_limits
-from quietstar.hf.recurrent import given_layout
+from quietstar.hf.recurrent import FILES, given_layout
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import refusal
 
@@ -90,7 +90,8 @@ def thought_forward(
     if dropout:
         _warn_dropout()
     if isinstance(thought_layout, ThoughtLayout):
-        if error := wrong_with_layout(module.config):
+        elsewhere = FILES.isdisjoint(x.__module__ for x in type(module).__mro__)  # FSDP makes classes of its own
+        if error := wrong_with_layout(module.config, in_attention_only=elsewhere):
             raise error
         check_layout(type(module).__name__, rotary_limits(cast(PretrainedConfig, module.config)), thought_layout)
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from quietstar.hf.architectures import RECURRENT_FILES, convolutions
+from quietstar.hf.architectures import RECURRENT_FILES, WITHOUT_ATTENTION, convolutions, wrong_with_layout
 from quietstar.hf.decoder import ALL_ONES, PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.checks import refusal
@@ -70,8 +70,8 @@ def _fused_mamba(thought_pass: ThoughtPass, *_: Any, **__: Any) -> None:
     """A layer runs its parts where the kernel for all of them returns nothing."""
 
 
-def _lost(_: ThoughtPass, model: nn.Module, *__: Any, **___: Any) -> None:
-    raise ValueError(
+def _lost(_: ThoughtPass, model: PreTrainedModel, *__: Any, **___: Any) -> None:
+    raise wrong_with_layout(model.config) or ValueError(
         f"{type(model).__name__} doesn't hand thought_layout on: give it to model.backbone, and call the head yourself"
     )
 
@@ -162,6 +162,13 @@ def take_layouts(file: ModuleType) -> None:
         head.forward = _with_layouts(head.forward, _lost)
 
 
+def refuse_layouts(file: ModuleType) -> None:
+    """Of a file whose models have no attention, where a layout that they drop would show."""
+    for model in list(vars(file).values()):
+        if isinstance(model, type) and issubclass(model, PreTrainedModel) and model.__module__ == file.__name__:
+            model.forward = _with_layouts(model.forward, _lost)  # type: ignore[method-assign]
+
+
 def check_layers(model: nn.Module) -> None:
     """Raises ValueError if a recurrent layer, which has a convolution, would not call its file's functions with a layout."""
     layers = [module for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in module.children())]
@@ -174,11 +181,8 @@ def check_layers(model: nn.Module) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    def __init__(self, names: set[str]):
-        self.names = names
-
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name not in self.names:
+        if name not in _CHANGES:
             return None
         spec: Any = PathFinder.find_spec(name, path, target)  # importlib.util.find_spec would come here again
         if spec is not None:
@@ -186,13 +190,18 @@ class _WhenImported(MetaPathFinder):
 
             def exec_module(file: ModuleType) -> None:
                 execute(file)
-                take_layouts(file)
+                _CHANGES[name](file)
 
             spec.loader.exec_module = exec_module
         return spec
 
 
-_names = {f"transformers.models.{name}.modeling_{name}" for name in RECURRENT_FILES}
-for _name in _names & sys.modules.keys():
-    take_layouts(sys.modules[_name])
-sys.meta_path.insert(0, _WhenImported(_names - sys.modules.keys()))
+def _files(names: Iterable[str]) -> list[str]:
+    return [f"transformers.models.{name}.modeling_{name}" for name in names]
+
+
+FILES = frozenset(_files(RECURRENT_FILES))
+_CHANGES = dict.fromkeys(FILES, take_layouts) | dict.fromkeys(_files(WITHOUT_ATTENTION), refuse_layouts)
+for _name in _CHANGES.keys() & sys.modules.keys():
+    _CHANGES[_name](sys.modules[_name])
+sys.meta_path.insert(0, _WhenImported())
