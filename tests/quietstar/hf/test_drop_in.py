@@ -181,7 +181,7 @@ def test_sharded_in_mixed_precision(shard):
 MIXES = "cannot think: it mixes positions outside attention"
 
 
-@pytest.mark.parametrize("model_type", ["jamba", "minimax", "recurrent_gemma"])
+@pytest.mark.parametrize("model_type", ["jamba", "minimax", "recurrent_gemma", "mamba", "xlstm"])
 def test_hybrid_models_are_refused_with_a_layout_alone(model_type):
     """Some of these, of two layers, have no attention at all."""
     quietstar.register_attention(without_layout="sdpa")

@@ -261,6 +261,14 @@ def test_a_layout_that_would_be_swallowed_is_an_error(drop_in, model_type):
             run(**inputs | change)
 
 
+def test_layers_of_another_file_are_refused(drop_in, monkeypatch):
+    """As those that come with weights on the hub."""
+    monkeypatch.setattr("quietstar.hf.attention.FILES", recurrent.FILES - {"transformers.models.qwen3_5.modeling_qwen3_5"})
+    _, run, inputs = drop_in("qwen3_5_text")
+    with pytest.raises(ValueError, match="model type 'qwen3_5_text' cannot think: it mixes positions outside attention"):
+        run(**inputs)
+
+
 class Fused(torch.nn.Module):
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states
