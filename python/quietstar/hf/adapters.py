@@ -163,6 +163,11 @@ def merge(model: nn.Module) -> PreTrainedModel:
     """The base with the adapters merged into its weights, which can be trained again."""
     if not there(model):
         raise ValueError("merge_adapters: the model has no adapters")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    weights = [id(layer.get_base_layer().weight) for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if len({*weights}) < len(weights):  # as in Zamba 2
+        raise ValueError("merge_adapters: layers that share a weight have adapters of their own: one weight can't hold all")
     embed: Any = unwrapped(model).get_input_embeddings()
     head = unwrapped(model).get_output_embeddings()
     if hasattr(embed, "base_layer") and embed.get_base_layer().weight is head.weight:  # the head has no part in what is merged

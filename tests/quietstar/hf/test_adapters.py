@@ -16,6 +16,7 @@ from quietstar.hf import adapters
 
 peft = pytest.importorskip("peft")
 from tests.quietstar.common import assert_same_gradients  # noqa: E402
+from tests.quietstar.hf import all_architectures as everything  # noqa: E402
 from tests.quietstar.hf.lora_models import ALPHA, CONFIG, IDS, RANK, draw, gradients, lora, wrap  # noqa: E402
 
 
@@ -98,6 +99,12 @@ def test_other_kinds(tiny, tmp_path, kind):
     assert torch.equal(again(IDS, seed=4).loss, out.loss)
     qs.merge_adapters()
     torch.testing.assert_close(qs(IDS, seed=4).nll_mix, out.nll_mix, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_a_shared_weight_cannot_be_merged():
+    qs = wrap(everything.tiny_model("zamba2"), target_modules="all-linear")
+    with pytest.raises(ValueError, match="merge_adapters: layers that share a weight have adapters of their own"):
+        qs.merge_adapters()
 
 
 def test_generation_is_that_of_the_merged_model(qs):
