@@ -189,11 +189,13 @@ def test_generation_is_that_of_a_slow_generator(thinker, model_type):
 
 
 @pytest.mark.parametrize("model_type", few())
-def test_evaluation(thinker, model_type):
+def test_evaluation_also_of_what_was_saved(thinker, model_type, tmp_path):
     qs = thinker(everything.tiny_model(model_type))
     base, mixed, another = test_losses.by_hand(qs, texts_of(test_losses.LENGTHS))
-    want = {"base": base.mean(), "mixed": mixed.mean(), "another": another.mean()}
-    test_losses.close(evaluate(qs, texts_of(test_losses.LENGTHS), 2), want)
+    figures = evaluate(qs, texts_of(test_losses.LENGTHS), 2)
+    test_losses.close(figures, {"base": base.mean(), "mixed": mixed.mean(), "another": another.mean()})
+    qs.save_pretrained(tmp_path)
+    assert evaluate(QuietStar.from_pretrained(tmp_path), texts_of(test_losses.LENGTHS), 2) == figures
 
 
 ADAPTED = r"(?!.*shared).*(in_proj|in_proj_\w+|[qkv]_proj)"  # peft refuses others here and there; Zamba 2 shares weights
