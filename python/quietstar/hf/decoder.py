@@ -169,9 +169,9 @@ class _Entry:
     states: Any
     own: Own = ()
 
-    def begin(self, layout: ThoughtLayout, rows: int) -> None:
-        """Start the thoughts of a layout, of at most so many rows."""
-        self.own = own_room(layout, rows, self.text, self.width, self.states)
+    def begin(self, layout: ThoughtLayout) -> None:
+        """Start the thoughts of a layout."""
+        self.own = own_room(layout, layout.S, self.text, self.width, self.states)
 
 
 class ThoughtStore:
@@ -206,7 +206,7 @@ class ThoughtStore:
         """Start new thoughts over the same text; earlier thoughts are discarded."""
         self._set(layout)
         for entry in self.entries:
-            entry.begin(layout, layout.S)
+            entry.begin(layout)
 
     def begin_at(self, anchor: Tensor, length: Tensor, rows: int) -> None:
         """Start new thoughts at one text position, ``anchor`` [1], with ``length`` [B,1,N] rows each, at most ``rows``."""
@@ -226,7 +226,7 @@ class ThoughtStore:
         if call == len(self.entries):
             rows = tuple(x if self.capacity is None else _padded(x, self.capacity) for x in rows)
             self.entries.append(_Entry(rows, width, self._states(*rows)))
-            self.entries[call].begin(self.layout, self.layout.S)
+            self.entries[call].begin(self.layout)
             return
         entry = self.entries[call]  # graphs read the tensors where they are
         for text, x in zip(entry.text, rows, strict=True):
@@ -243,13 +243,16 @@ class ThoughtStore:
 
 
 def own_room(layout: ThoughtLayout, rows: int, text: tuple[Tensor, ...], width: int | None, states: Tensor | None) -> Own:
-    """What branches begin with: room for ``rows`` rows of each, or what the text's rows before them left."""
+    """What branches begin with: room for S rows of each, or what the text's rows before them left.
+
+    ``rows``: how many they may come to have.
+    """
     if width is not None:
         return conv_tails(text[0][:, 0], layout, width)[:, None]
     if states is not None and as_state(rows, *states.shape[-2:]):
         return anchor_states(DeltaRows(*text), states, layout)
     make = Tensor.new_empty if states is None else Tensor.new_zeros  # a recurrence multiplies later rows with zero
-    return tuple(make(x, (*x.shape[:2], layout.P * layout.N, rows, *x.shape[3:])) for x in text)
+    return tuple(make(x, (*x.shape[:2], layout.P * layout.N, layout.S, *x.shape[3:])) for x in text)
 
 
 def _extended(lo: Tensor, capacity: int) -> Tensor:

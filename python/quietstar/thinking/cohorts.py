@@ -54,8 +54,7 @@ class Cohort:
     def own(self, call: int, text: tuple[Tensor, ...], width: int | None = None, states: Tensor | None = None) -> Own:
         """What its rows left at a call; ``text`` is what the text's did."""
         if call == len(self._own):
-            rows = self._rows if width is None and states is None else self._most
-            self._own.append(own_room(self.layout, rows, text, width, states))
+            self._own.append(own_room(self.layout, self._most, text, width, states))
         return self._own[call]
 
     def advance(self) -> None:

@@ -227,6 +227,13 @@ def test_written_thoughts(model_type, monkeypatch):
         test_online.test_loss_and_every_gradient("rlp", 0, model)
 
 
+def test_rows_of_thoughts_outgrow_their_memory(monkeypatch):
+    """Where a branch keeps rows and no state."""
+    monkeypatch.setattr("quietstar.hf.decoder.as_state", lambda *_: False)
+    model = everything.tiny_model("qwen3_5_text", vocab_size=256)
+    test_online.test_thoughts_that_end_themselves(None, "e", 10.0, monkeypatch, model)
+
+
 @pytest.fixture
 def drop_in():
     """``drop_in(model_type)``: a model, what takes a layout, since Mamba-2's head drops keywords, and its arguments."""
