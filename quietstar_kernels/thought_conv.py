@@ -7,7 +7,7 @@ A row takes itself and the W-1 rows before it on its path, each channel by itsel
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ def thought_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Thought
     check.tensor("x", x, "B,M,D" if text is None else "B,R,D", FLOATS, layout.device, "layout")
     _check_others(check, x, weight, bias, text)
     given, taps = text is not None, check["W"]
-    table = layout.table(f"{_OP} {taps} {given}", partial(_table, taps=taps, given=given))
-    return call(_forward, x, weight, bias, text, *table)
+    above = layout.table(f"{_OP} {taps} {given}", partial(_places, taps=taps, given=given))
+    return call(_forward, x, weight, bias, text, above)
 
 
 def conv_tails(x: Tensor, layout: ThoughtLayout, width: int) -> Tensor:
@@ -63,7 +63,7 @@ def conv_tails(x: Tensor, layout: ThoughtLayout, width: int) -> Tensor:
         layout: as in ``thought_conv``.
         width: W.
     """
-    before = layout.table(f"tails {width}", lambda layout: _paths(layout, width)[1].flip(2))
+    before = layout.table(f"tails {width}", partial(_tails, width=width))
     row = pad(x, (0, 0, 0, 1)).gather(1, before.clamp(min=0).flatten(1)[..., None].expand(-1, -1, x.shape[2]))
     return row.view(*before.shape, x.shape[2]).where((before >= 0)[..., None], 0)
 
@@ -103,53 +103,34 @@ def _check_others(check: Checker, x: Tensor, weight: Tensor, bias: Tensor | None
         raise check.fail("weight must have at least one column, got W=0")
 
 
-class _Table(NamedTuple):
-    """Numbers of rows, all of the batch in one dimension: B*M of x with the text, B*n of x itself.
-
-    Attributes:
-        above: int64 [W,B*n], in x with the text: the row 0 to W-1 before each row on its path, -1 for none.
-        below: bool [W,B*n]: whether the row 0 to W-1 places on is in the same branch, or document of the text.
-        heads: int64 [B*C,W-1], in x: the first rows of each branch, -1 for none.
-        tails: int64 [B*C,W-1], in x with the text: the rows 1 to W-1 before its first, -1 for none.
-    """
-
-    above: Tensor
-    below: Tensor
-    heads: Tensor
-    tails: Tensor
-
-
-def _paths(layout: ThoughtLayout, taps: int) -> tuple[Tensor, Tensor]:
-    """int64 [W,B,M], the row 0 to W-1 before each row, -1 for none and where it is off; [B,C,W-1], those before branches."""
+def _above(layout: ThoughtLayout, taps: int) -> Tensor:
+    """int64 [W,B,M]: the row 0 to W-1 before each row on its path, -1 for none and where it is off."""
     check_recurrent(_OP, layout)
-    branches, parent, M = layout.branches, layout.branches.parent_rows(), layout.M
-    row = torch.arange(M, device=layout.device).expand_as(parent)
-    above = [row.where(pad(branches.live(), (layout.L, 0), value=True), -1)]
+    parent = layout.branches.parent_rows()
+    row = torch.arange(layout.M, device=layout.device).expand_as(parent)
+    above = [row.where(pad(layout.branches.live(), (layout.L, 0), value=True), -1)]
     for _ in range(taps - 1):
         above.append(parent.gather(1, above[-1].clamp(min=0)).where(above[-1] >= 0, -1))
-    paths = torch.stack(above)
-    first = (layout.L + branches.table[..., START].long()).expand(taps - 1, -1, -1)
-    tails = pad(paths[1:], (0, 1)).gather(2, first).where(branches.table[..., LENGTH] > 0, -1)
-    return paths, tails.permute(1, 2, 0)
+    return torch.stack(above)
 
 
-def _table(layout: ThoughtLayout, taps: int, given: bool) -> _Table:
-    above, tails = _paths(layout, taps)
-    branches, B, M, skip = layout.branches, layout.B, layout.M, layout.L if given else 0
-    place = torch.cat([branches.text_position_ids(), branches.row_in_branch()], 1)  # in the document, or branch
-    below = torch.stack([pad(place, (0, i), value=-1)[:, i:] >= i for i in range(taps)])
-    batch = torch.arange(B, device=layout.device)[:, None]
-    start, length = (branches.table[..., column].long()[..., None] for column in (START, LENGTH))
-    s = torch.arange(taps - 1, device=layout.device)
-    heads = (layout.L - skip + start + s + (batch * (M - skip))[..., None]).where(s < length, -1)
-    above = (above + batch * M).where(above >= 0, -1)
-    tails = (tails + (batch * M)[..., None]).where(tails >= 0, -1)
-    return _Table(above[:, :, skip:].flatten(1), below[:, :, skip:].flatten(1), heads.flatten(0, 1), tails.flatten(0, 1))
+def _tails(layout: ThoughtLayout, width: int) -> Tensor:
+    """int64 [B,C,W-1]: the rows before the first of each branch, -1 for none."""
+    start, length = (layout.branches.table[..., column].long() for column in (START, LENGTH))
+    tails = pad(_above(layout, width)[1:], (0, 1)).gather(2, (layout.L + start).expand(width - 1, -1, -1))
+    return tails.where(length > 0, -1).flip(0).permute(1, 2, 0)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """The rows of x [rows,D] of these numbers, wide; 0 for -1."""
-    return wide(x.index_select(0, index.clamp(min=0))).masked_fill_((index < 0)[:, None], 0)
+def _places(layout: ThoughtLayout, taps: int, given: bool) -> Tensor:
+    """int64 [W,B*n], ``_above`` for the rows of x: places among all B*M rows, and one more for none."""
+    above, last = _above(layout, taps), layout.B * layout.M
+    place = above + layout.M * torch.arange(layout.B, device=layout.device)[:, None]
+    return place.where(above >= 0, last)[:, :, layout.L if given else 0 :].flatten(1)
+
+
+def _source(x: Tensor, text: Tensor | None) -> Tensor:
+    """[B*M+1,D]: all rows, and one of zeros."""
+    return pad((x if text is None else torch.cat([text, x], 1)).flatten(0, 1), (0, 0, 0, 1))
 
 
 def _by_place(weight: Tensor) -> Tensor:
@@ -162,17 +143,13 @@ def _blocks(rows: int, like: Tensor) -> list[slice]:
     return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
 
 
-def _thought_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, text: Tensor | None,
-    above: Tensor, below: Tensor, heads: Tensor, tails: Tensor,
-) -> Tensor:  # fmt: skip
-    source = (x if text is None else torch.cat([text, x], 1)).flatten(0, 1)
-    by_place, out = _by_place(weight), x.new_empty(x.shape)
-    rows, off = out.view(-1, x.shape[-1]), (above[0] < 0)[:, None]
+def _thought_conv(x: Tensor, weight: Tensor, bias: Tensor | None, text: Tensor | None, above: Tensor) -> Tensor:
+    source, by_place, out = _source(x, text), _by_place(weight), x.new_empty(x.shape)
+    rows, off = out.view(-1, x.shape[-1]), (above[0] == len(source) - 1)[:, None]
     for block in _blocks(len(rows), x):
-        total = _rows(source, above[0, block]).mul_(by_place[0])
+        total = wide(source.index_select(0, above[0, block])) * by_place[0]
         for row, taken in zip(above[1:, block], by_place[1:], strict=True):
-            total.addcmul_(_rows(source, row), taken)
+            total.addcmul_(wide(source.index_select(0, row)), taken)
         if bias is not None:
             total.add_(bias).masked_fill_(off[block], 0)
         rows[block] = total
@@ -180,46 +157,26 @@ def _thought_conv(
 
 
 def _thought_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, text: Tensor | None,
-    above: Tensor, below: Tensor, heads: Tensor, tails: Tensor, needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias and text, the last empty if there is none."""
-    B, n, D = x.shape
-    packed = x if text is None else torch.cat([text, x], 1)
-    source, g, by_place = packed.flatten(0, 1), grad.flatten(0, 1), _by_place(weight)
-    W, total = len(by_place), by_place.new_zeros(source.shape)
-    grad_weight, grad_bias = torch.zeros_like(by_place), by_place.new_zeros(D)
-    # What the first rows of branches took from the rows before them.
-    spare = torch.arange(len(tails), device=x.device) % max(len(source), 1)
-    for block in _blocks(len(tails) if W > 1 else 0, x):
-        first = _rows(g, heads[block].flatten()).view(*heads[block].shape, D)
-        for j in range(1, W):
-            row = tails[block, j - 1]
-            taken = first[:, 0] * by_place[j]
-            for s in range(1, W - j):
-                taken.addcmul_(first[:, s], by_place[s + j])
-            taken.masked_fill_((row < 0)[:, None], 0)
-            total.index_put_((row.where(row >= 0, spare[block]),), taken, accumulate=True)  # in a fixed order, on GPUs too
+    grad: Tensor, x: Tensor, weight: Tensor, text: Tensor | None, above: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and text, the last with no rows if there is none."""
+    source, g, by_place = _source(x, text), grad.flatten(0, 1), _by_place(weight)
+    total, last = by_place.new_zeros(source.shape), len(source) - 1
+    grad_weight, grad_bias = torch.zeros_like(by_place), by_place.new_zeros(x.shape[-1])
+    for block in _blocks(len(g), x):
+        on = above[0, block] < last
+        later = wide(g[block]).where(on[:, None], 0)
+        # Rows that are off add zeros, not all to one row, which would take long on a GPU.
+        spread = torch.arange(len(on), device=x.device) % last
+        for before, taken, to_weight in zip(above[:, block], by_place, grad_weight, strict=True):
+            total.index_put_((before.where(on, spread),), later * taken, accumulate=True)  # in a fixed order, on GPUs too
             if needs_weight:
-                there = _rows(source, row)
-                for s in range(W - j):
-                    grad_weight[s + j] += (there * first[:, s]).sum(0)
-    # And what rows took from those of the same branch, or document of the text.
-    own = total if text is None else total.view(packed.shape)[:, -n:].flatten(0, 1)
-    for block in _blocks(B * n, x):
-        here = wide(x.flatten(0, 1)[block]).where(below[0, block, None], 0)
-        for i in range(W):
-            later = g[block.start + i : block.stop + i]
-            rows = slice(block.start, block.start + len(later))
-            later = wide(later).where(below[i, rows, None], 0)
-            own[rows].addcmul_(later, by_place[i])
-            if needs_weight:
-                grad_weight[i] += (later * here[: len(later)]).sum(0)
-            if i == 0:
-                grad_bias += later.sum(0)
-    grad_text = x.new_empty(0) if text is None else total.view(packed.shape)[:, : text.shape[1]].to(x.dtype).contiguous()
-    grad_weight = grad_weight.flip(0).T.contiguous()
-    return own.view(x.shape).to(x.dtype), grad_weight.to(x.dtype), grad_bias.to(x.dtype), grad_text
+                to_weight += (wide(source.index_select(0, before)) * later).sum(0)
+        grad_bias += later.sum(0)
+    sizes = [0 if text is None else text.shape[1], x.shape[1]]
+    grads = total[:last].view(len(x), sum(sizes), x.shape[2]).to(x.dtype)
+    grad_text, grad_x = (y.contiguous() for y in grads.split(sizes, 1))
+    return grad_x, grad_weight.flip(0).T.to(x.dtype).contiguous(), grad_bias.to(x.dtype), grad_text
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
@@ -229,21 +186,20 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, text: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = (x.new_empty(shape) for shape in (x.shape, weight.shape, weight.shape[:1]))
-    return dx, dweight, dbias, x.new_empty(0 if text is None else text.shape)
+    of_text = len(x), 0 if text is None else text.shape[1], x.shape[2]
+    dx, dweight, dbias, dtext = (x.new_empty(shape) for shape in (x.shape, weight.shape, weight.shape[:1], of_text))
+    return dx, dweight, dbias, dtext
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, *rest = inputs
-    ctx.save_for_backward(x, weight, *rest)
+    x, weight, bias, text, above = inputs
+    ctx.save_for_backward(x, weight, text, above)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
-    x, weight, text, *table = ctx.saved_tensors
-    needs_weight = ctx.needs_input_grad[1]
-    dx, dweight, dbias, dtext = call(_backward, grad, x, weight, text, *table, needs_weight)
-    grads = dx, dweight, dbias, dtext
-    return *(y if needed else None for y, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 4
+    x, weight, text, above = ctx.saved_tensors
+    grads = call(_backward, grad, x, weight, text, above, ctx.needs_input_grad[1])
+    return *(y if needed else None for y, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
 _backward = operator(_thought_conv_backward, _fake_backward, instead="conv1d has one")
