@@ -90,8 +90,8 @@ def thought_forward(
     if dropout:
         _warn_dropout()
     if isinstance(thought_layout, ThoughtLayout):
-        elsewhere = FILES.isdisjoint(x.__module__ for x in type(module).__mro__)  # FSDP makes classes of its own
-        if error := wrong_with_layout(module.config, in_attention_only=elsewhere):
+        here = any(x.__module__ in FILES for x in type(module).__mro__)  # FSDP makes classes of its own
+        if error := wrong_with_layout(module.config, in_attention_only=not here):
             raise error
         check_layout(type(module).__name__, rotary_limits(cast(PretrainedConfig, module.config)), thought_layout)
     thought_pass = PackedPass(thought_layout) if isinstance(thought_layout, ThoughtLayout) else thought_layout
