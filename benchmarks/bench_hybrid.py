@@ -349,8 +349,8 @@ def cases(device: torch.device, full: bool) -> Iterator[Case]:
         yield from (replace(case, what=what) for what in BOTH)
     wide = {"layers": 24, "D": 1024, "I": 3072, "H": 16, "G": 4, "width": 128, "V": 151936, "dtype": torch.bfloat16}
     step = TrainerCase(device=device, **(wide if gpu else {}))
-    yield step
     yield DecodeCase(H=head.H, K=head.K, dtype=head.dtype, device=device)
+    yield step
     yield replace(step, what=WHOLE_STEP)
 
 

@@ -33,8 +33,8 @@ CHARTED = {
     ("thought_decode", "forward"): "thoughts: a decoding step",
     ("step", "rollout"): "thoughts: sampling all",
     ("step", "training step"): "thoughts: a training step",
-    ("hybrid", "forward"): "hybrid models: a recurrent layer, forward",
-    ("hybrid", "forward+backward"): "hybrid models: a recurrent layer, with backward",
+    ("hybrid", "forward"): "hybrids: a recurrent layer, forward",
+    ("hybrid", "forward+backward"): "hybrids: a recurrent layer, with backward",
     ("online", "step"): "long thoughts: a training step of RLP",
     ("sample_token", "forward"): "sampling a token",
     ("linear_logprob", "forward"): "log-probabilities, forward",
@@ -89,7 +89,7 @@ def chart(folder: Path = pages.RESULTS) -> str:
         if fastest:
             lines.append((results["machine"]["device"], None, ""))
         lines += [(CHARTED[x], fastest[x]["times_ours"], fastest[x]["candidate"]) for x in CHARTED if x in fastest]
-    unit = min(34, 280 / max((times or 1 for _, times, _ in lines), default=1))  # width of once as long
+    unit = min(34, 240 / max((times or 1 for _, times, _ in lines), default=1))  # width of once as long
     shapes = []
     for i, (name, times, rival) in enumerate(lines):
         y = 58 + i * height
