@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, _dispatch, backends, cpu_library, cuda_library, self_test
+from . import __version__, _dispatch, cpu_library, cuda_library, self_test
 from .cpu.products import cpu_products
 from .linear_logprob import default_keep_bytes
 
-LINE = "  {op:<18} {backend:<10} {status}"
-OF_RECURRENT = tuple(name for there in self_test.RECURRENT.values() for name in there if name not in _dispatch.BACKENDS)
+OF_RECURRENT = ("pytorch", "matmul", "fla")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=(*_dispatch.BACKENDS, *OF_RECURRENT),
         help="check only this one; default the reference and what auto may choose on the device",
     )
-    ops = (*_dispatch.OPS, *self_test.RECURRENT)
+    ops = list(self_test.BACKENDS)
     checking.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"only some of {', '.join(ops)}")
     args = parser.parse_args(argv)
     if args.command is None:
@@ -49,12 +48,9 @@ def show_backends() -> None:
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         print(f"\n{device} ({device_name(device)})")
-        for row in backends(device):
-            print(LINE.format(**row))
-        for op, there in self_test.RECURRENT.items():
-            for name in there:
-                status = self_test.why_not(op, name, torch.device(device)) or "available"
-                print(LINE.format(op=op, backend=name, status=status))
+        for op, names in self_test.BACKENDS.items():
+            for name in names:
+                print(f"  {op:<18} {name:<10} {self_test.why_not(op, name, torch.device(device)) or 'available'}")
         kept = default_keep_bytes(torch.device(device)) / 2**20
         print(f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB")
 

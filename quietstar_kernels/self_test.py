@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, softplus
 
 from . import _dispatch, testing
-from .delta import reference as delta_reference
+from .delta import fla, reference
 from .layout import ThoughtLayout
 from .linear_logprob import linear_logprob
 from .sample_token import sample_token
@@ -33,7 +34,8 @@ from .testing.plain import plain_conv
 from .thought_attention import thought_attention
 from .thought_conv import thought_conv
 from .thought_decode import thought_decode
-from .thought_delta import BACKENDS, thought_delta
+from .thought_delta import BACKENDS as DELTA_BACKENDS
+from .thought_delta import columns, thought_delta
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
 WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time is spent compiling
@@ -148,40 +150,32 @@ def logprob(
     return _worst(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
 
 
-def convolution(backend: str, device: torch.device, dtype: torch.dtype, layout: ThoughtLayout, width: int = 64) -> float:
+def convolution(backend: str, device: torch.device, dtype: torch.dtype, layout: ThoughtLayout) -> float:
     """``thought_conv`` of four taps, and the gradients of x, weight and bias."""
-    shapes = {"x": (layout.B, layout.M, width), "weight": (width, 4), "bias": (width,)}
-    generator = torch.Generator().manual_seed(SEED)
-    inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    grad_out = torch.randn(shapes["x"], generator=generator)
-    return _worst(_on(device, thought_conv, (dtype,)), plain_conv, inputs, [grad_out], layout=layout)
+    generator, shape = torch.Generator().manual_seed(SEED), (layout.B, layout.M, 64)
+    inputs = _normal(generator, dtype, x=shape, weight=(64, 4), bias=(64,))
+    return _worst(
+        _on(device, thought_conv, (dtype,)), plain_conv, inputs, [torch.randn(shape, generator=generator)], layout=layout
+    )
 
 
-def delta(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    layout: ThoughtLayout,
-    K: int = 64,
-    by_channel: bool = False,
-    heads: int = 4,
-    groups: int = 2,
-) -> float:
+def delta(backend: str, device: torch.device, dtype: torch.dtype, layout: ThoughtLayout, by_channel: bool = False) -> float:
     """``thought_delta``: out, and the gradients of q, k, v, g and beta."""
-    generator, (B, M) = torch.Generator().manual_seed(SEED), (layout.B, layout.M)
-    shapes = {"q": (groups, M, K), "k": (groups, M, K), "v": (heads, M, K), "beta": (heads, M)}
-    shapes["g"] = (heads, M, K) if by_channel else (heads, M)
-    inputs = {name: torch.randn(B, *shape, generator=generator) for name, shape in shapes.items()}
-    inputs |= {name: torch.nn.functional.normalize(inputs[name], dim=-1) for name in ("q", "k")}
-    inputs |= {"beta": inputs["beta"].sigmoid(), "g": -torch.nn.functional.softplus(inputs["g"] - 2)}
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    grad_out = torch.randn(inputs["v"].shape, generator=generator)
+    generator, rows, K = torch.Generator().manual_seed(SEED), (layout.B, 4, layout.M), 64
+    keys, decay = (layout.B, 2, layout.M, K), (*rows, K) if by_channel else rows
+    inputs = _normal(generator, dtype, q=keys, k=keys, v=(*rows, K), g=decay, beta=rows)
+    inputs |= {name: normalize(inputs[name], dim=-1) for name in "qk"}
+    inputs |= {"g": -softplus(inputs["g"] - 2), "beta": inputs["beta"].sigmoid()}
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, layout: ThoughtLayout) -> Tensor:
-        return delta_reference.thought_delta(q, k, v, g if by_channel else g[..., None], beta[..., None], layout, None)[0]
+    def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: ThoughtLayout) -> Tensor:
+        return reference.thought_delta(q, k, v, columns(g, v), beta[..., None], layout, None)[0]
 
     op = _on(device, lambda **arguments: thought_delta(**arguments, backend=backend)[0], (dtype,))
-    return _worst(op, plain, inputs, [grad_out], layout=layout)
+    return _worst(op, plain, inputs, [torch.randn(*rows, K, generator=generator)], layout=layout)
+
+
+def _normal(generator: torch.Generator, dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
 # By op. Each takes a back end, a device and a dtype; its sizes and the op's options are keywords.
@@ -193,19 +187,19 @@ JUDGES: dict[str, Callable[..., float]] = {
     "thought_conv": convolution,
     "thought_delta": delta,
 }
-# Back ends of ops of which none is chosen by ``_dispatch``.
-RECURRENT: dict[str, dict[str, Any]] = {"thought_conv": {"pytorch": None}, "thought_delta": BACKENDS}
+BACKENDS = dict.fromkeys(_dispatch.OPS, tuple(_dispatch.BACKENDS)) | {
+    "thought_conv": ("pytorch",),
+    "thought_delta": tuple(DELTA_BACKENDS),
+}
 
 
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
-    """As ``_dispatch.why_not``, for all ops."""
-    if op not in RECURRENT:
-        return _dispatch.why_not(op, backend, device, dtype, **widths) if backend in _dispatch.BACKENDS else f"it has no {op}"
-    if backend not in RECURRENT[op]:
+    """As ``_dispatch.why_not``, for all of ``BACKENDS``."""
+    if backend not in BACKENDS[op]:
         return f"it has no {op}"
-    serves = getattr(RECURRENT[op][backend], "why_not", None)
-    reason: str | None = serves and serves(device, dtype, widths.get("K", 0))
-    return reason
+    if op in _dispatch.OPS:
+        return _dispatch.why_not(op, backend, device, dtype, **widths)
+    return fla.why_not(device, dtype) if backend == "fla" else None
 
 
 def _first_use(judge: Callable[..., float]) -> Callable[..., float]:
@@ -277,7 +271,7 @@ def cases(interpreted: bool) -> list[Case]:
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
     documents = ThoughtLayout.from_documents(3 * torch.arange(short)[None] // short, 2, 3)
     for layout in (every, chosen_anchors(short), documents, ragged, branches(short), tree(short)):
-        found += [Case(op, ALL, {"layout": layout}) for op in RECURRENT]
+        found += [Case(op, ALL, {"layout": layout}) for op in ("thought_conv", "thought_delta")]
         found += [Case("thought_delta", (torch.float32, torch.bfloat16), {"layout": layout, "by_channel": True})]
     return found + [Case("sample_token", ALL, {"vocabulary": vocabulary, "temperature": 0.0})]
 
@@ -305,7 +299,7 @@ def check(device: torch.device, backends: Sequence[str], ops: Sequence[str]) -> 
     """Print a table with a row for each op, back end and dtype. True if all results are right."""
     print(ROW.format("op", "back end", "dtype", "cases", "worst", "seconds", "result (worst: error over what is allowed)"))
     began = time.monotonic()
-    pairs = [(op, backend) for op in ops for backend in backends if backend in RECURRENT.get(op, _dispatch.BACKENDS)]
+    pairs = [(op, backend) for op in ops for backend in backends if backend in BACKENDS[op]]
     rows = [(device, *pair, dtype) for pair in pairs for dtype in ALL]
     failed = 0
     with nan_in_new_tensors(), ThreadPoolExecutor(WORKERS.get(device.type, 1)) as pool:
