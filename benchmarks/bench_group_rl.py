@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from benchmarks.baselines.llama import QWEN3_600M, SMOLLM2_135M, LlamaCase, random_llama
 from benchmarks.harness.benchmark import Benchmark
@@ -102,7 +102,7 @@ class GroupCase(LlamaCase):
         grads = zip(*((mine.grad.float().flatten(), exact.grad.flatten()) for mine, exact in pairs), strict=True)
         judge("gradient", *map(torch.cat, grads), STEP_BOUNDS[self.dtype])
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> PreTrainedModel:
         return random_llama(self, SEED, max_position_embeddings=self.L + self.T, pad_token_id=0, eos_token_id=1)
 
 

@@ -14,19 +14,19 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from benchmarks.bench_group_rl import STOCK, WHOLE_STEP, GroupCase, no_trl, prepare, shared
+from benchmarks.baselines.llama import random_llama
+from benchmarks.bench_group_rl import SEED, STOCK, WHOLE_STEP, GroupCase, no_trl, prepare, shared
 from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import BOUNDS, Case, Inputs, Work, judge
-from quietstar_kernels import DeltaRows, ThoughtLayout, thought_delta, thought_delta_decode
-from quietstar_kernels.thought_delta_decode import text_states
+from quietstar_kernels import DeltaRows, ThoughtLayout, anchor_states, text_states, thought_delta, thought_delta_decode
 
-T = TypeVar("T")
 OP = "hybrid"
 BOTH = ("forward", "forward+backward")
 TOGETHER = 64  # sequences of a baseline's call
@@ -37,6 +37,8 @@ QWEN = "transformers.models.qwen3_5"
 
 # q, k [B,rows,H,K], v [B,rows,H,K], g, beta [B,rows,H] to [B,rows,H,K].
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# As transformers calls it: out, and the final state.
+Function = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ class DeltaCase(Case):
 
     @cached_property
     def copies(self) -> list[Tensor]:
-        """int64 [n,rows] for each call of a baseline: a branch's text, its rows, and -1 up to the longest of the call."""
+        """int64 [n,rows] for each call of a baseline: a branch's text, its rows, and M up to the longest of the call."""
         found = []
         for first in range(0, self.P * self.N, TOGETHER):
             p = self.anchors[first : first + TOGETHER, None]
             branch = first + torch.arange(len(p), device=self.device)[:, None]
             t = torch.arange(int(p.max()) + 1 + self.S, device=self.device)
             own = self.L + branch * self.S + t - p - 1
-            found.append(torch.where(t <= p, t, torch.where(t - p <= self.S, own, -1)))
+            found.append(torch.where(t <= p, t, torch.where(t - p <= self.S, own, self.layout.M)))
         return found
 
     def work(self) -> Work:
@@ -97,10 +99,10 @@ class DeltaCase(Case):
 
     def inputs(self, seed: int) -> Inputs:
         packed = self.rows(seed)
-        count = torch.cat([rows[rows >= 0] for rows in self.copies]).bincount(minlength=self.layout.M)
+        count = torch.cat([rows.flatten() for rows in self.copies]).bincount(minlength=self.layout.M)[: self.layout.M]
         shares = [*packed[:-1], packed[-1] / count[:, None, None]]  # the copies' gradients are added up
-        copies = [tuple(x[0, rows.clamp(min=0)].where(_shown(rows, x), 0) for x in shares) for rows in self.copies]
-        return {"packed": [packed], "copies": copies}
+        padded = [torch.cat([x[0], torch.zeros_like(x[0, :1])]) for x in shares]
+        return {"packed": [packed], "copies": [tuple(x[rows] for x in padded) for rows in self.copies]}
 
     def call(self, function: Rule | Repeated, inputs: Inputs) -> list[tuple[Tensor, ...]]:
         """out, and with a backward the gradients; of each call with copies for a candidate that takes these."""
@@ -130,17 +132,12 @@ class DeltaCase(Case):
 
     def _gathered(self, results: list[tuple[Tensor, ...]]) -> list[Tensor]:
         """Results of copies in the shapes of packed ones: the gradients of a row's copies are added up."""
-        found = [torch.zeros(self.layout.M, *x.shape[2:], device=self.device) for x in results[0]]
+        found = [torch.zeros(self.layout.M + 1, *x.shape[2:], device=self.device) for x in results[0]]
         for rows, result in zip(self.copies, results, strict=True):
-            found[0][rows[rows >= 0]] = result[0][rows >= 0].detach().float()
+            found[0][rows] = result[0].detach().float()
             for to, x in zip(found[1:], result[1:], strict=True):
-                to.index_add_(0, rows[rows >= 0], x[rows >= 0].float())
-        return found
-
-
-def _shown(rows: Tensor, x: Tensor) -> Tensor:
-    """Where ``rows`` of x[0] are there, in the shape of these."""
-    return (rows >= 0).view(*rows.shape, *(1,) * (x.ndim - 2))
+                to.index_add_(0, rows.flatten(), x.flatten(0, 1).float())
+        return [x[:-1] for x in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +161,13 @@ class DecodeCase(DeltaCase):
         left = (k, thought_delta(q, k, v, g, beta, self.layout)[1], g)
         text = DeltaRows(*(x[:, :, : self.L] for x in left))
         own = DeltaRows(*(self._branches(x, 2).clone() for x in left))
-        k, w, decay = text.k[0], text.w[0], text.g[0].exp()
-        state, states = k.new_zeros(self.H, self.K, self.K), []
-        for t in range(self.L):
-            state = state * decay[:, t, None, None] + k[:, t, :, None] * w[:, t, None]
-            states.append(state)
-        state = torch.stack(states)[self.anchors]  # [P*N,H,K,K]
-        k, w, decay = (x[0].transpose(0, 1) for x in (own.k, own.w, own.g.exp()))
+        chunks = text_states(text, self.layout.lo)
+        state = anchor_states(text, chunks, self.layout)
+        branches = [self._branches(x, 2) for x in (q, k, v, g, beta)]
         for s in range(self.step):
-            state = state * decay[:, :, s, None, None] + k[:, :, s, :, None] * w[:, :, s, None]
+            thought_delta_decode(*(x[:, :, :, s] for x in branches), text, chunks, state, self.layout, s)
         now = [self._branches(x, 1)[:, :, self.step] for x in rows]
-        return {"now": now, "text": text, "chunks": text_states(text, self.layout.lo), "own": own, "state": state}
+        return {"now": now, "text": text, "chunks": chunks, "own": own, "state": state[0].transpose(0, 1).contiguous()}
 
     def _branches(self, x: Tensor, dim: int) -> Tensor:
         """The branches' rows of all rows in a dimension."""
@@ -197,34 +190,18 @@ class TrainerCase(GroupCase):
     op: ClassVar[str] = OP
     grid: str = "GRPO"
 
-    def model(self, device: torch.device | None = None) -> torch.nn.Module:
-        from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+    def model(self) -> PreTrainedModel:
+        from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
-        config = Qwen3_5TextConfig(
-            vocab_size=self.V,
-            hidden_size=self.D,
-            intermediate_size=self.I,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.H,
-            num_key_value_heads=self.G,
-            head_dim=self.K,
-            linear_num_key_heads=self.H,
-            linear_num_value_heads=self.H,
-            linear_key_head_dim=self.K,
-            linear_value_head_dim=self.K,
-            initializer_range=self.D**-0.5,
-            max_position_embeddings=self.L + self.T,
-            pad_token_id=0,
-            eos_token_id=1,
-            dtype=self.dtype,
-        )
-        torch.manual_seed(0)
-        with device or self.device:
-            return Qwen3_5ForCausalLM(config).to(self.dtype)
+        heads = {"linear_num_key_heads": self.H, "linear_num_value_heads": self.H}
+        widths = {"linear_key_head_dim": self.K, "linear_value_head_dim": self.K}
+        others = {"max_position_embeddings": self.L + self.T, "pad_token_id": 0, "eos_token_id": 1}
+        return random_llama(self, SEED, Qwen3_5ForCausalLM, **heads, **widths, **others)
 
     @property
     def matrices(self) -> int:
-        return sum(x.numel() for x in self.model(torch.device("meta")).model.layers.parameters() if x.ndim == 2)
+        layers = replace(self, device=torch.device("meta")).model().model.layers
+        return sum(x.numel() for x in layers.parameters() if x.ndim == 2)
 
     def mixing(self, rows: float, pairs: float) -> float:
         return super().mixing(rows, pairs) / 4 + 0.75 * self.layers * 7 * self.K**2 * self.H * rows
@@ -232,11 +209,7 @@ class TrainerCase(GroupCase):
 
 def packed(case: DeltaCase, backend: str = "auto") -> Rule:
     layout = case.layout
-
-    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        return thought_delta(*for_op(q, k, v, g, beta), layout, backend=backend)[0].transpose(1, 2)
-
-    return rule
+    return lambda *rows: thought_delta(*for_op(*rows), layout, backend=backend)[0].transpose(1, 2)
 
 
 def for_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
@@ -250,29 +223,19 @@ def reread(case: DecodeCase) -> Callable[[Inputs], Tensor]:
 
     def decode(inputs: Inputs) -> Tensor:
         q, k, v, g, beta = for_op(*inputs["now"])
-        own = inputs["own"]
-        out, w = thought_delta_decode(q, k, v, g, beta, inputs["text"], inputs["chunks"], own, layout, step)
-        for rows, new in zip(own, (k, w, g), strict=True):
+        out, w = thought_delta_decode(q, k, v, g, beta, *(inputs[x] for x in ("text", "chunks", "own")), layout, step)
+        for rows, new in zip(inputs["own"], (k, w, g), strict=True):
             rows[:, :, :, case.step] = new
         return out.transpose(1, 2)
 
     return decode
 
 
-def of_transformers(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Its PyTorch, which it takes where FLA isn't installed."""
-    return inspect.unwrap(getattr(importlib.import_module(f"{QWEN}.modeling_qwen3_5"), name))
-
-
-def of_fla(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return getattr(importlib.import_module("fla.ops.gated_delta_rule"), name)
-
-
-def repeated(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Repeated:
+def repeated(rule: Function) -> Repeated:
     return Repeated(lambda q, k, v, g, beta: rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0])
 
 
-def with_states(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[[Inputs], Tensor]:
+def with_states(rule: Function) -> Callable[[Inputs], Tensor]:
     """A sequence of one row for each branch, after its state."""
 
     def decode(inputs: Inputs) -> Tensor:
@@ -296,45 +259,36 @@ def states(case: DeltaCase) -> Work:
     return Work(bytes=5 * 4 * case.layout.M * case.H * case.K**2 * (case.what == BOTH[1]))
 
 
+def by_library(what: str, prepare: Callable[[Function], Any], theirs: str, of_fla: str) -> list[Candidate]:
+    """With the PyTorch that transformers takes where FLA isn't installed, and with FLA's function."""
+
+    def transformers(case: Case) -> Any:
+        return prepare(inspect.unwrap(getattr(importlib.import_module(f"{QWEN}.modeling_qwen3_5"), theirs)))
+
+    def fla(case: Case) -> Any:
+        return prepare(getattr(importlib.import_module("fla.ops.gated_delta_rule"), of_fla))
+
+    return [
+        Candidate(f"{what}, transformers' PyTorch", transformers, "transformers", no_qwen),
+        Candidate(f"{what}, FLA", fla, "fla-core", no_fla, compiles=True),
+    ]
+
+
+TRL = replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))
 SEQUENCES = [
-    Candidate(
-        "repeated text, transformers' PyTorch",
-        lambda case: repeated(of_transformers("torch_chunk_gated_delta_rule")),
-        "transformers",
-        no_qwen,
-    ),
-    Candidate("repeated text, FLA", lambda case: repeated(of_fla("chunk_gated_delta_rule")), "fla-core", no_fla, compiles=True),
+    *by_library("repeated text", repeated, "torch_chunk_gated_delta_rule", "chunk_gated_delta_rule"),
     Candidate("branches through FLA", lambda case: packed(case, "fla"), "fla-core", no_fla, compiles=True),
     Candidate("sequential states", lambda case: packed(case, "reference"), PACKAGE, needs=states),
 ]
-STATES = [
-    Candidate(
-        "a state per branch, transformers' PyTorch",
-        lambda case: with_states(of_transformers("torch_recurrent_gated_delta_rule")),
-        "transformers",
-        no_qwen,
-    ),
-    Candidate(
-        "a state per branch, FLA",
-        lambda case: with_states(of_fla("fused_recurrent_gated_delta_rule")),
-        "fla-core",
-        no_fla,
-        compiles=True,
-    ),
-]
-TRL = replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))
+STATES = by_library("a state per branch", with_states, "torch_recurrent_gated_delta_rule", "fused_recurrent_gated_delta_rule")
 
 
 def ours(case: Case) -> Callable[..., Any]:
-    return _of(case, packed, reread, prepare(shared))(case)
+    return {DeltaCase: packed, DecodeCase: reread, TrainerCase: prepare(shared)}[type(case)](case)
 
 
 def candidates(case: Case) -> list[Candidate]:
-    return _of(case, SEQUENCES, STATES, [TRL])
-
-
-def _of(case: Case, rule: T, decode: T, step: T) -> T:
-    return step if isinstance(case, TrainerCase) else decode if isinstance(case, DecodeCase) else rule
+    return {DeltaCase: SEQUENCES, DecodeCase: STATES, TrainerCase: [TRL]}[type(case)]
 
 
 OURS = Candidate("this package", ours, PACKAGE, lambda case: TRL.why_not(case) if isinstance(case, TrainerCase) else None)
@@ -356,16 +310,11 @@ def cases(device: torch.device, full: bool) -> Iterator[Case]:
 
 def smoke(device: torch.device) -> list[Case]:
     """The smallest cases that run every candidate."""
-    small = DeltaCase(L=40, P=40, S=3, H=2, K=8, device=device)
+    sizes = {"L": 40, "P": 40, "S": 3, "H": 2, "K": 8, "device": device}
+    small = DeltaCase(**sizes)
     step = TrainerCase(B=2, L=8, C=2, T=6, D=64, I=96, H=2, G=1, V=80, device=device)
-    group = replace(small, grid="group", P=1, N=3)
-    decode = DecodeCase(L=40, P=40, S=3, H=2, K=8, step=2, device=device)
-    return [
-        *(replace(case, what=what) for case in (small, group) for what in BOTH),
-        decode,
-        step,
-        replace(step, what=WHOLE_STEP),
-    ]
+    rules = [replace(case, what=what) for case in (small, replace(small, grid="group", P=1, N=3)) for what in BOTH]
+    return [*rules, DecodeCase(**sizes, step=2), step, replace(step, what=WHOLE_STEP)]
 
 
 BENCHMARK = Benchmark(OP, OURS, candidates, cases, smoke)

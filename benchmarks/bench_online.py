@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from benchmarks.baselines.llama import LlamaCase, random_llama
 from benchmarks.baselines.online import END, SEED, START, AnchorByAnchor, SequencePerThought, Way
@@ -96,7 +96,7 @@ class OnlineCase(LlamaCase):
         pairs = zip(mine.model.parameters(), truth.model.parameters(), strict=True)
         judge("gradient", *(torch.cat([x.grad.flatten() for x in side]) for side in zip(*pairs, strict=True)), BOUND)
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> PreTrainedModel:
         model = random_llama(self, SEED, max_position_embeddings=self.L + self.T + 4)
         bias = torch.zeros_like(model.lm_head.weight[:, 0])
         bias[END] = self.config.temperature * math.log(7 / 3 * self.V / self.T)  # a probability of about 7 / (3 T)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from benchmarks.baselines.llama import LLAMA_8B, QWEN3_600M, LlamaCase, random_llama
 from benchmarks.baselines.published_schedule import PublishedSchedule
@@ -103,7 +103,7 @@ class StepCase(LlamaCase):
         grads = [torch.autograd.grad(out.loss_ce, [p for p in qs.model.parameters() if p.requires_grad]) for out, qs in both]
         judge("gradient", *(torch.cat([x.flatten().float() for x in side]) for side in grads), bound)
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> PreTrainedModel:
         model = random_llama(self, SEED)
         if self.lora:
             model.requires_grad_(False)

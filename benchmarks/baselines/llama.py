@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.harness.case import Case
 
@@ -44,9 +44,9 @@ class LlamaCase(Case):
         return self.layers * (self.D * self.K * (2 * self.H + 2 * self.G) + 3 * self.D * self.I)
 
 
-def random_llama(case: LlamaCase, seed: int, **more: Any) -> LlamaForCausalLM:
-    """``more`` goes to the config."""
-    config = LlamaConfig(
+def random_llama(case: LlamaCase, seed: int, kind: type[PreTrainedModel] = LlamaForCausalLM, **more: Any) -> PreTrainedModel:
+    """``more`` goes to the config, which for another ``kind`` of model has the same names."""
+    config = kind.config_class(
         vocab_size=case.V,
         hidden_size=case.D,
         intermediate_size=case.I,
@@ -61,4 +61,4 @@ def random_llama(case: LlamaCase, seed: int, **more: Any) -> LlamaForCausalLM:
     )
     torch.manual_seed(seed)
     with torch.device(case.device):
-        return LlamaForCausalLM(config).to(case.dtype)
+        return kind(config).to(case.dtype)
