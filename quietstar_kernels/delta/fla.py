@@ -1,13 +1,9 @@
 """thought_delta through FLA's public functions (fla-core: ``chunk_gated_delta_rule``, ``chunk_kda``), which take sequences.
 
 A row with k = 0, beta = 0 and g = 0 leaves the state alone and returns q S: a *read*. So one call over the documents of the
-text, with reads behind the rows of anchors, gives all that branches need of it:
-
-- *reads*: q S and k S for their rows. The branches are then sequences from a zero state, on v - k S.
-- *states*: the state itself, read by the K unit vectors. The branches are then sequences from that; those of a tree go on from
-  the final states of their parents, level by level.
-
-What takes fewer reads is done. w comes from reads too, one before each row, so that all is as long as two rows for each.
+text, with reads by the K unit vectors behind the rows of anchors, gives the states there. The branches are sequences from
+these; those of a tree go on from the final states of their parents, level by level. w comes from reads too, one before each
+row.
 
 It computes in bf16 with the state in fp32, as FLA does. On a GPU it has not run yet, so it must be asked for, by
 ``backend="fla"`` or QUIETSTAR_FLA=1. The host makes the plan, once per layout.
@@ -20,12 +16,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from ..branches import ANCHOR, LENGTH, PARENT, START
 from ..layout import ThoughtLayout
@@ -74,53 +70,31 @@ def thought_delta(
             [1,T,G,K], v [1,T,H,E], g [1,T,H] or [1,T,H,K], beta [1,T,H]; returns out and final states, as FLA's functions do.
     """
     assert beta is not None and text is None
-    (B, H, M, E), K, by_channel = v.shape, k.shape[-1], g.shape[-1] > 1
+    (B, H, M, E), K, scan = v.shape, k.shape[-1], partial(_scan, rule or _fla)
     plan = layout.table(f"fla {K}", partial(_plan, K=K))
-    if not len(plan.text):
+    if not len(plan.text.rows):
         return torch.zeros_like(v), torch.zeros_like(v)
-    if by_channel:  # the decay is part of the keys
+    if g.shape[-1] > 1:  # the decay is part of the keys
         q, k = (x.repeat_interleave(H // x.shape[1], 1) for x in (q, k))
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, g, beta)]  # [B*M,heads,*]
-    scan = partial(_scan, rule or _fla)
-    own = [x.index_select(0, plan.own) for x in rows]
-    q, k, v, g, beta = own
-    if plan.inside is None:
-        reads = torch.eye(K, dtype=q.dtype, device=q.device).repeat(plan.anchors, 1)[:, None].expand(-1, q.shape[1], -1)
-        decay = None
-    else:  # from the anchor to each row
-        inside, place = plan.inside
-        decay = g.index_select(0, inside.clamp(min=0).flatten()).view(*inside.shape, *g.shape[1:])
-        decay = decay.masked_fill((inside < 0)[..., None, None], 0).cumsum(1).flatten(0, 1).index_select(0, place).exp()
-        reads = torch.cat([q * decay, k * decay] if by_channel else [q, k])
-    out, w, read, _ = scan([x.index_select(0, plan.text) for x in rows], reads, plan.sequences)
-    writes, outs = [w], []
-    if decay is None:
-        states = read.unflatten(0, (plan.anchors, K)).transpose(1, 2)
-    else:
-        of_q, of_k = (read if by_channel else read * torch.cat([decay, decay])).chunk(2)
-        own[2] = v - of_k
-    done = 0
-    for level in plan.levels:
-        some = [x.narrow(0, done, level.rows) for x in own]
-        first = states[level.above] if decay is None else None  # whose backward sums in a fixed order
-        of_own, w, _, last = scan(some, q[:0], level.sequences, first, level is not plan.levels[-1])
-        if last is not None:
-            states = torch.cat([states, last])
-        outs.append(of_own)
+    units = torch.eye(K, dtype=q.dtype, device=q.device).repeat(plan.anchors, 1)[:, None].expand(-1, q.shape[1], -1)
+    out, w, read, _ = scan(rows, units, plan.text)
+    outs, writes, states = [out], [w], read.unflatten(0, (plan.anchors, K)).transpose(1, 2)
+    for level in plan.levels:  # a state's gradients are summed in a fixed order
+        out, w, _, last = scan(rows, units[:0], level, states[level.above], level is not plan.levels[-1])
+        states = states if last is None else torch.cat([states, last])
+        outs.append(out)
         writes.append(w)
-        done += level.rows
-    if outs and decay is not None:
-        outs[0] = outs[0] + of_q
-    where, flat = torch.cat([plan.text, plan.own]), v.new_zeros(B * M, H, E)
-    out, w = (flat.index_copy(0, where, torch.cat(x)).view(B, M, H, E).transpose(1, 2) for x in ([out, *outs], writes))
+    where, flat = torch.cat([x.rows for x in (plan.text, *plan.levels)]), v.new_zeros(B * M, H, E)
+    out, w = (flat.index_copy(0, where, torch.cat(x)).view(B, M, H, E).transpose(1, 2) for x in (outs, writes))
     return out, w
 
 
 def _scan(
     rule: Rule, rows: list[Tensor], reads: Tensor, sequences: Sequences, state: Tensor | None = None, final: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """out and w of rows, what ``reads`` [m,G,K] read, and the final states."""
-    q, k, v, g, beta = rows
+    """out and w of the sequences' rows, what ``reads`` [m,G,K] read, and the final states."""
+    q, k, v, g, beta = (x.index_select(0, sequences.rows) for x in rows)
     (n, m), decay, by_channel = (len(v), len(reads)), g.exp(), g.shape[-1] > 1
     q = torch.cat([q, k * decay if by_channel else k, reads])
     steps = [q, *(pad(x, (0, 0, 0, 0, 0, n + m)) for x in (k, v, g, beta))]
@@ -136,9 +110,7 @@ def _fla(
     name, module = ("chunk_kda", "kda") if g.ndim == q.ndim else ("chunk_gated_delta_rule", "gated_delta_rule")
     rule = getattr(importlib.import_module(f"fla.ops.{module}"), name)
     q, k, v, beta = (x.to(torch.bfloat16) for x in (q, k, v, beta))
-    o, last = rule(
-        q, k, v, g, beta, scale=1.0, initial_state=state, output_final_state=final, cu_seqlens=ends
-    )  # fmt: skip
+    o, last = rule(q, k, v, g, beta, scale=1.0, initial_state=state, output_final_state=final, cu_seqlens=ends)
     return o.float(), last
 
 
@@ -146,89 +118,56 @@ class Sequences(NamedTuple):
     """Sequences of rows and reads: n rows, then n reads of what is before each, then m others, put in order.
 
     Attributes:
+        rows: int64 [n], among those of [B*M].
         order: int64 [2n+m].
         ends: int64, where sequences begin and end, from 0 to 2n+m.
+        above: int64, which state each begins with, among those of the anchors and of all branches before; none for the text.
     """
 
+    rows: Tensor
     order: Tensor
     ends: Tensor
-
-
-class Level(NamedTuple):
-    """Branches that all follow anchors, or branches of levels before.
-
-    Attributes:
-        rows: how many there are.
-        sequences: a branch each.
-        above: int64 [branches], which state each begins with, among those of the anchors and of all branches before.
-    """
-
-    rows: int
-    sequences: Sequences
     above: Tensor
 
 
 class Plan(NamedTuple):
-    """Which rows are read, and which are sequences. Numbers of rows are those of [B*M].
+    """The documents of the text, with reads behind anchors; how many anchors differ; the branches, level by level."""
 
-    Attributes:
-        text: int64 [B*L], the text's rows.
-        sequences: its documents, with reads behind anchors.
-        own: int64, the branches' rows that are on, level by level.
-        anchors: how many differ.
-        inside: of each branch its rows among ``own``, [branches,longest], -1 after its end; where ``own`` stand there. None if
-            states are read.
-        levels: of the branches.
-    """
-
-    text: Tensor
-    sequences: Sequences
-    own: Tensor
+    text: Sequences
     anchors: int
-    inside: tuple[Tensor, Tensor] | None
-    levels: list[Level]
+    levels: list[Sequences]
 
 
 def _plan(layout: ThoughtLayout, K: int) -> Plan:
-    B, L, M, C = layout.B, layout.L, layout.M, layout.branches.C
-    table, tree = layout.branches.table.cpu().long(), layout.branches.tree
-    anchor, start, length = (table[..., column].flatten() for column in (ANCHOR, START, LENGTH))
-    lengths, depth, up = length.tolist(), [0] * (B * C), [-1] * (B * C)
+    B, L, M, C, tree = layout.B, layout.L, layout.M, layout.branches.C, layout.branches.tree
+    anchor, start, length = (layout.branches.table[..., x].flatten().tolist() for x in (ANCHOR, START, LENGTH))
+    depth, up = [0] * (B * C), [-1] * (B * C)
     for c, parent in enumerate([-1] * (B * C) if tree is None else tree[..., PARENT].flatten().tolist()):
         if parent >= 0:  # the nearest one above that has rows
             parent += c // C * C
-            up[c] = parent if lengths[parent] else up[parent]
+            up[c] = parent if length[parent] else up[parent]
             depth[c] = depth[up[c]] + 1 if up[c] >= 0 else 0
-    nodes = torch.tensor([c for _, c in sorted((depth[c], c) for c in range(B * C) if lengths[c])], dtype=torch.int64)
-    length, batch = length[nodes], nodes // max(C, 1)
-    begin = length.cumsum(0) - length
-    of_row = torch.arange(len(nodes)).repeat_interleave(length)
-    own = (batch * M + L + start[nodes])[of_row] + torch.arange(len(of_row)) - begin[of_row]
-    places, first = (batch * L + anchor[nodes]).unique(return_inverse=True)
-    number = {c: len(places) + i for i, c in enumerate(nodes.tolist())}
-    above = [number.get(up[c], int(first[i])) for i, c in enumerate(nodes.tolist())]
-    levels, done = [], 0
-    for size in torch.tensor(depth, dtype=torch.int64)[nodes].bincount().tolist():
-        some = slice(done, done + size)
-        of_level = torch.arange(size).repeat_interleave(length[some])
-        sequences = _sequences(torch.arange(len(of_level)), torch.empty(0), of_level, layout)
-        levels.append(Level(len(of_level), sequences, torch.tensor(above[some]).to(layout.device)))
-        done += size
-    if len(levels) < 2 and 2 * len(own) <= K * len(places):
-        behind = (batch * L + anchor[nodes])[of_row].repeat(2)
-        rows = pad_sequence(list(torch.arange(len(own)).split(length.tolist())), True, -1) if levels else own[None]
-        place = of_row * rows.shape[1] + torch.arange(len(own)) - begin[of_row]
-        inside = rows.to(layout.device), place.to(layout.device)
-    else:
-        behind, inside = places.repeat_interleave(K), None
+    nodes = sorted((c for c in range(B * C) if length[c]), key=depth.__getitem__)
+    places = sorted({c // C * L + anchor[c] for c in nodes})
+    state_at = {place: i for i, place in enumerate(places)}
+    state_of = {c: len(places) + i for i, c in enumerate(nodes)}
+    levels = []
+    for _, level in groupby(nodes, depth.__getitem__):
+        some = list(level)
+        rows = torch.cat([c // C * M + L + start[c] + torch.arange(length[c]) for c in some])
+        sequence = torch.arange(len(some)).repeat_interleave(torch.tensor([length[c] for c in some]))
+        above = [state_of[up[c]] if up[c] >= 0 else state_at[c // C * L + anchor[c]] for c in some]
+        levels.append(_sequences(rows, [], sequence, above, layout.device))
     t = torch.arange(B * L)
     document = (layout.lo.cpu() == torch.arange(L)).flatten().cumsum(0) - 1
-    text = (t + t // max(L, 1) * (M - L)).to(layout.device)
-    return Plan(text, _sequences(t, behind, document, layout), own.to(layout.device), len(places), inside, levels)
+    behind = [place for place in places for _ in range(K)]
+    text = _sequences(t + t // max(L, 1) * (M - L), behind, document, [], layout.device)
+    return Plan(text, len(places), levels)
 
 
-def _sequences(rows: Tensor, behind: Tensor, sequence: Tensor, layout: ThoughtLayout) -> Sequences:
-    """Of rows, 0 to n-1, reads behind some of them, and the number of each row's sequence, ascending."""
-    order = torch.cat([3 * rows + 1, 3 * rows, 3 * behind + 2]).argsort(stable=True)
-    counts = torch.cat([sequence.repeat(2), sequence[behind.long()]]).bincount()
-    return Sequences(order.to(layout.device), pad(counts.cumsum(0), (1, 0)).to(layout.device))
+def _sequences(rows: Tensor, behind: list[int], sequence: Tensor, above: list[int], device: torch.device) -> Sequences:
+    """Of rows, reads behind some of them, numbered from 0 to n-1, and the number of each row's sequence, ascending."""
+    n, reads, first = torch.arange(len(rows)), *(torch.tensor(x, dtype=torch.int64) for x in (behind, above))
+    order = torch.cat([3 * n + 1, 3 * n, 3 * reads + 2]).argsort(stable=True)
+    ends = pad(torch.cat([sequence.repeat(2), sequence[reads]]).bincount().cumsum(0), (1, 0))
+    return Sequences(*(x.to(device) for x in (rows, order, ends, first)))
