@@ -6,12 +6,8 @@ differentiate it, and its forward-mode derivatives are silently zero.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from types import ModuleType
 from typing import Any, get_type_hints
 
 import torch
@@ -19,9 +15,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from ._imports import when_imported
+
 # "quietstar"; a copy of this package under another name, as the kernels hub loads it, registers operators of its own.
 NAMESPACE = __name__.partition(".")[0].removesuffix("_kernels")
-_FLOP_COUNTER = "torch.utils.flop_counter"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 SetupContext = Callable[[Any, tuple, Any], None]
 Backward = Callable[..., tuple]
@@ -51,10 +48,9 @@ def operator(
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if flops is not None and _FLOP_COUNTER in sys.modules:
-        sys.modules[_FLOP_COUNTER].register_flop_formula(op.overloadpacket)(flops)
-    elif flops is not None:
-        sys.meta_path.insert(0, _WithFormula(op, flops))
+    if flops is not None:  # PyTorch's flop counter imports Triton and so is slow to import here
+        packet = op.overloadpacket
+        when_imported("torch.utils.flop_counter", lambda module: module.register_flop_formula(packet)(flops))
     _gradients[op] = Gradient = _gradient(op, function, setup_context, backward, instead)
     # Skips Function.apply, which inspects a signature in each call; only torch.func's transforms need it.
     apply: Callable[..., Any] = super(torch.autograd.Function, Gradient).apply  # type: ignore[misc]  # not in PyTorch's stub
@@ -82,27 +78,6 @@ def flat(record: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return with_signature
-
-
-class _WithFormula(MetaPathFinder):
-    """Registers a formula when PyTorch's flop counter is imported, which imports Triton and so is slow to import here."""
-
-    def __init__(self, op: OpOverload, flops: Callable[..., int]):
-        self.op, self.flops = op, flops
-
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name != _FLOP_COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            module.register_flop_formula(self.op.overloadpacket)(self.flops)
-
-        spec.loader.exec_module = exec_module
-        return spec
 
 
 def _gradient(

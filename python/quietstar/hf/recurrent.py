@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +22,9 @@ from transformers.activations import ACT2FN
 from quietstar.hf.architectures import RECURRENT_FILES, WITHOUT_ATTENTION, convolutions, wrong_with_layout
 from quietstar.hf.decoder import ALL_ONES, PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels._imports import when_imported
 from quietstar_kernels.checks import refusal
+from quietstar_kernels.reference import wide
 
 
 def _convolution(
@@ -42,7 +42,7 @@ def _delta_rule(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query and key [B,rows,G,K], value [B,rows,H,E], beta [B,rows,H], g too, or [B,rows,H,K]."""
     _refuse_cache(initial_state)
-    q, k = (_wide(x).transpose(1, 2) for x in (query, key))
+    q, k = (wide(x).transpose(1, 2) for x in (query, key))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     q = q * q.shape[-1] ** -0.5
@@ -58,10 +58,10 @@ def _mamba_scan(
     """hidden_states [B,rows,H,E], dt [B,rows,H], A [H], B and C [B,rows,G,K], D [H]: Mamba-2 (arXiv 2405.21060)."""
     _refuse_cache(initial_states)
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    dt = _wide(softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
-    x = _wide(hidden_states)
+    dt = wide(softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    x = wide(hidden_states)
     v = (x * dt[..., None]).transpose(1, 2)
-    q, k = (_wide(y).transpose(1, 2) for y in (C, B))
+    q, k = (wide(y).transpose(1, 2) for y in (C, B))
     out = thought_pass.recur(q, k, v, (dt * A.to(dt.dtype)).transpose(1, 2), None).transpose(1, 2)
     return (out if D is None else out + D[:, None] * x).contiguous()
 
@@ -91,10 +91,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba2_selective_state_update": _cached_step,
     "mamba2_split_conv1d_scan_combined": _fused_mamba,
 }
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _refuse_cache(state: Any) -> None:
@@ -180,28 +176,8 @@ def check_layers(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__}: a kernel replaces its recurrent layers, and takes no layout")
 
 
-class _WhenImported(MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name not in _CHANGES:
-            return None
-        spec: Any = PathFinder.find_spec(name, path, target)  # importlib.util.find_spec would come here again
-        if spec is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(file: ModuleType) -> None:
-                execute(file)
-                _CHANGES[name](file)
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
-def _files(names: Iterable[str]) -> list[str]:
-    return [f"transformers.models.{name}.modeling_{name}" for name in names]
-
-
-FILES = frozenset(_files(RECURRENT_FILES))
-_CHANGES = dict.fromkeys(FILES, take_layouts) | dict.fromkeys(_files(WITHOUT_ATTENTION), refuse_layouts)
-for _name in _CHANGES.keys() & sys.modules.keys():
-    _CHANGES[_name](sys.modules[_name])
-sys.meta_path.insert(0, _WhenImported())
+FILES = frozenset(f"transformers.models.{name}.modeling_{name}" for name in RECURRENT_FILES)
+for _file in FILES:
+    when_imported(_file, take_layouts)
+for _name in WITHOUT_ATTENTION:
+    when_imported(f"transformers.models.{_name}.modeling_{_name}", refuse_layouts)
