@@ -31,27 +31,25 @@ def of_trees(row: RowDict) -> str:
 
 
 def of_hybrid(row: RowDict) -> str:
-    size, what = row["sizes"], row["what"]
-    if row["grid"] == "GRPO":
-        return f"GRPO, {what}: {size['C']} completions of {size['T']}, a prompt of {size['L']:,}"
-    if row["grid"] == "group":
-        return f"{size['N']} branches of {size['S']} on a prompt of {size['L']:,}, {what}"
-    each = f"at each of {size['P']} positions"
-    if row["grid"] == "decode":
-        return f"row {size['step']} of {size['N']} thoughts {each}"
-    return f"{size['N']} thoughts of {size['S']} rows {each}, {what}"
+    size = row["sizes"]
+    words = {
+        "headline": "{N} thoughts of {S} rows at each of {P} positions",
+        "group": "{N} branches of {S} on a prompt of {L:,}",
+        "decode": "row {step} of {N} thoughts at each of {P} positions",
+        "GRPO": "GRPO, {C} completions of {T} on a prompt of {L:,}",
+    }
+    return f"{words[row['grid']].format(**size)}, {row['what']}"
 
 
 def hybrid(results: dict[str, Any]) -> list[str]:
     """A line for each case: our time and memory, and how many times as long the others take, with how much memory."""
     rows = [row for row in results["rows"] if row["op"] == "hybrid" and row["times_ours"]]
+    if not rows:
+        return []
     body = []
-    for _, group in tables.by_case(rows):
-        (mine,), others = ([row for row in group if row["is_ours"] == ours] for ours in (True, False))
+    for _, (mine, *others) in tables.by_case(rows):
         than = (f"{x['candidate']} {units.number(x['times_ours'])} ({units.memory(x['peak_bytes'])})" for x in others)
         body.append([of_hybrid(mine), units.seconds(mine["seconds"]), units.memory(mine["peak_bytes"]), "; ".join(than)])
-    if not body:
-        return []
     machine, size = results["machine"], rows[0]["sizes"]
     versions = dict.fromkeys([f"torch {machine['packages']['torch']}", *(row["version"] for row in rows)])
     heads = f"{size['H']} heads of width {size['K']}, {rows[0]['dtype']}"

@@ -84,7 +84,6 @@ class PackedPass(ThoughtPass):
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.keep(x[:, None], width=weight.shape[1])
         self.calls += 1
-        self.convolutions += 1
         return thought_conv(x, weight, bias, self.layout)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
@@ -125,7 +124,6 @@ class ChunkPass(ThoughtPass):
         return thought_attention(q, k, v, self.layout, query_rows="thoughts", **options)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.convolutions += 1
         return thought_conv(x, weight, bias, self.layout, self._of_text()[0][:, 0])
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
@@ -297,7 +295,6 @@ class StepPass(ThoughtPass):
         return thought_decode(q, k_text, v_text, k_own, v_own, self.store.layout, self.now, **options)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.convolutions += 1
         return thought_conv_decode(x, self._entry().own[:, 0], weight, bias)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
@@ -315,7 +312,6 @@ class _OwnRow(ThoughtPass):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.calls += 1
-        self.convolutions += 1
         return x * weight[:, -1]
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:

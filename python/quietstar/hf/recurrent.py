@@ -32,6 +32,7 @@ def _convolution(
     **_: Any,
 ) -> Tensor:  # fmt: skip
     """hidden_states [B,D,rows], weight [D,W]."""
+    thought_pass.convolutions += 1
     out = thought_pass.convolve(hidden_states.transpose(1, 2).to(weight.dtype), weight, bias).transpose(1, 2)
     return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
 

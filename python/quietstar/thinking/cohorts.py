@@ -125,7 +125,6 @@ class CohortsPass(ThoughtPass):
         return torch.cat(out, 2)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.convolutions += 1
         text, width = self.text.rows[self.calls], weight.shape[1]
         parts = self._parts(1, x)
         return torch.cat([thought_conv_decode(x_c, c.own(self.calls, text, width)[:, 0], weight, bias) for c, x_c in parts], 1)
