@@ -198,7 +198,7 @@ class ThoughtStore:
         self._set(replace(self.layout.text_only(), lo=_extended(self.layout.lo, capacity)))
         for entry in self.entries:
             entry.text = tuple(_padded(x, capacity) for x in entry.text)
-            entry.states = self._states(*entry.text)
+            entry.states = states_of(entry.text, self.layout.lo)
 
     def begin(self, layout: ThoughtLayout) -> None:
         """Start new thoughts over the same text; earlier thoughts are discarded."""
@@ -223,7 +223,7 @@ class ThoughtStore:
         """Store what the text's rows [B,X,L,...] left at a call; ``width`` of a convolution."""
         if call == len(self.entries):
             rows = tuple(x if self.capacity is None else _padded(x, self.capacity) for x in rows)
-            self.entries.append(_Entry(rows, width, self._states(*rows)))
+            self.entries.append(_Entry(rows, width, states_of(rows, self.layout.lo)))
             self.entries[call].begin(self.layout)
             return
         entry = self.entries[call]  # graphs read the tensors where they are
@@ -232,12 +232,14 @@ class ThoughtStore:
         if entry.states is not None:
             entry.states.copy_(text_states(DeltaRows(*entry.text), self.layout.lo))
 
-    def _states(self, *text: Tensor) -> Tensor | None:
-        return text_states(DeltaRows(*text), self.layout.lo) if len(text) == len(DeltaRows._fields) else None
-
     def _set(self, layout: ThoughtLayout) -> None:
         self.layout = layout
         self.positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
+
+
+def states_of(text: tuple[Tensor, ...], lo: Tensor) -> Tensor | None:
+    """``text_states`` of what the text's rows left at a recurrence; None at other calls."""
+    return text_states(DeltaRows(*text), lo) if len(text) == len(DeltaRows._fields) else None
 
 
 def own_room(layout: ThoughtLayout, rows: int, text: tuple[Tensor, ...], width: int | None, states: Tensor | None) -> Own:

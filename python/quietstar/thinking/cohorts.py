@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.decoder import LeafPass, Own, ThoughtPass, decode_rows, own_room, recur_step, write_row
+from quietstar.hf.decoder import LeafPass, Own, ThoughtPass, decode_rows, own_room, recur_step, states_of, write_row
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Thoughts, on_device
 from quietstar.thinking.text_thoughts import Marks
-from quietstar_kernels import DeltaRows, ThoughtLayout, text_states, thought_conv_decode, thought_decode
+from quietstar_kernels import DeltaRows, ThoughtLayout, thought_conv_decode, thought_decode
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
 NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
@@ -87,25 +87,15 @@ class Cohort:
         self._lay_out()
 
 
-class TextRows:
-    """What the text's rows left at each call, and the states of its recurrences, found once."""
-
-    def __init__(self, rows: list[tuple[Tensor, ...]], lo: Tensor):
-        self.rows: list[Any] = rows
-        self._lo = lo
-        self._states: dict[int, Tensor] = {}
-
-    def states(self, call: int) -> Tensor:
-        if call not in self._states:
-            self._states[call] = text_states(DeltaRows(*self.rows[call]), self._lo)
-        return self._states[call]
+# For each call what the text's rows left, and the states of a recurrence.
+TextCalls = list[tuple[tuple[Tensor, ...], Any]]
 
 
 class CohortsPass(ThoughtPass):
     """The next row of all cohorts, side by side."""
 
-    def __init__(self, text: TextRows, cohorts: list[Cohort], positions: int):
-        super().__init__(positions, text.rows)
+    def __init__(self, text: TextCalls, cohorts: list[Cohort], positions: int):
+        super().__init__(positions, text)
         self.text, self.cohorts = text, cohorts
 
     def _parts(self, dim: int, *tensors: Tensor | None) -> Iterator[Any]:
@@ -116,7 +106,7 @@ class CohortsPass(ThoughtPass):
         self.calls += 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        out, text = [], self.text.rows[self.calls]
+        out, (text, _) = [], self.text[self.calls]
         for cohort, q_c, k_c, v_c in self._parts(2, q, k, v):
             own = cohort.own(self.calls, text)
             write_row(own, cohort.row, k_c, v_c)
@@ -125,12 +115,12 @@ class CohortsPass(ThoughtPass):
         return torch.cat(out, 2)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        text, width = self.text.rows[self.calls], weight.shape[1]
+        (text, _), width = self.text[self.calls], weight.shape[1]
         parts = self._parts(1, x)
         return torch.cat([thought_conv_decode(x_c, c.own(self.calls, text, width)[:, 0], weight, bias) for c, x_c in parts], 1)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
-        out, text, states = [], self.text.rows[self.calls], self.text.states(self.calls)
+        out, (text, states) = [], self.text[self.calls]
         for cohort, q_c, k_c, v_c, g_c, beta_c in self._parts(2, q, k, v, g, beta):
             own = cohort.own(self.calls, text, states=states)
             step = torch.full((), cohort.row, dtype=torch.int32, device=q.device)
@@ -174,7 +164,8 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
         decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), leaf)
         position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
         counted = N, T, texts.sequence_ids, position, positions, on_device(seed, device)
-        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, TextRows(leaf.rows, layout.lo))
+        text = [(rows, states_of(rows, layout.lo)) for rows in leaf.rows]
+        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, text)
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
@@ -212,7 +203,7 @@ class _Rollout:
     positions: int  # more than any
     seed: Tensor
     temperature: float
-    text: TextRows
+    text: TextCalls
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""
