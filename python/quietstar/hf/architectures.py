@@ -106,7 +106,8 @@ def convolutions(model: nn.Module) -> int:
         return 0
     if inner not in _convolutions:
         layers = getattr(inner.config.get_text_config(), "layer_types", None) or ()
-        there = sum(isinstance(module, nn.Conv1d) for module in inner.modules())
+        found = (name for name, module in inner.named_modules() if isinstance(module, nn.Conv1d))
+        there = sum(".modules_to_save." not in name for name in found)  # peft's copies
         _convolutions[inner] = max(there, sum(kind in _MIXING_LAYERS for kind in layers))  # kernels may replace modules
     return _convolutions[inner]
 

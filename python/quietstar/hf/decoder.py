@@ -31,8 +31,6 @@ from quietstar_kernels import (
     thought_delta_decode,
 )
 
-ALL_ONES = "_quietstar_all_ones"  # an attribute of a mask
-
 
 class ThoughtPass:
     """Computes what mixes rows in one forward: calls of attention, and of the convolutions and recurrences of hybrid models.
@@ -328,7 +326,6 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
         embeds, position_ids = (torch.cat([x, x.new_zeros((len(x), 1, *x.shape[2:]))], 1) for x in (embeds, position_ids))
         thought_pass = _OwnRow(1)
     ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    setattr(ones, ALL_ONES, True)
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
     ).last_hidden_state

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from quietstar.hf.architectures import RECURRENT_FILES, WITHOUT_ATTENTION, convolutions, wrong_with_layout
-from quietstar.hf.decoder import ALL_ONES, PackedPass, ThoughtPass
+from quietstar.hf.decoder import PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels._imports import when_imported
 from quietstar_kernels.checks import refusal
@@ -134,7 +134,7 @@ def given_layout() -> PreTrainedModel | None:
 def _checked_mask(original: Callable[..., Any]) -> Callable[..., Any]:
     """Every forward of these models asks for the mask of its recurrent layers: the place to look at what is asked for.
 
-    transformers reads a mask to see whether it is all ones; that of ``decode_rows`` is, and CUDA graphs can't read it.
+    None is needed: padding is in the layout, and CUDA graphs can't read a mask, as transformers does.
     """
 
     @functools.wraps(original)
@@ -142,8 +142,7 @@ def _checked_mask(original: Callable[..., Any]) -> Callable[..., Any]:
         if (model := given_layout()) is not None:
             _refuse_cache(kwargs.get("past_key_values"))
             check_layers(model)
-            if hasattr(kwargs.get("attention_mask"), ALL_ONES):
-                return None
+            return None
         return original(*args, **kwargs)
 
     return function
@@ -168,7 +167,8 @@ def refuse_layouts(file: ModuleType) -> None:
 
 def check_layers(model: nn.Module) -> None:
     """Raises ValueError if a recurrent layer, which has a convolution, would not call its file's functions with a layout."""
-    layers = [module for module in model.modules() if any(isinstance(child, nn.Conv1d) for child in module.children())]
+    found = [(name, module) for name, module in model.named_modules() if not name.endswith(".modules_to_save")]  # peft's copies
+    layers = [module for _, module in found if any(isinstance(child, nn.Conv1d) for child in module.children())]
     for layer in layers:
         forward = vars(layer).get("_old_forward", vars(layer).get("forward"))  # the former is that of accelerate's hooks
         if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:

@@ -205,7 +205,8 @@ ADAPTED = r"(?!.*shared).*(in_proj|in_proj_\w+|[qkv]_proj)"  # peft refuses othe
 def test_adapters_are_as_if_merged_and_saved(model_type, tmp_path):
     peft_models = pytest.importorskip("tests.quietstar.hf.lora_models")
     everything.tiny_model(model_type).save_pretrained(tmp_path / "base")
-    qs = peft_models.wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=ADAPTED)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    qs = peft_models.wrap(base, target_modules=ADAPTED, modules_to_save=["conv1d"])
     out, grads = peft_models.gradients(qs)
     assert all(x.any() for name, x in grads.items() if "lora_" in name)
     qs.save_pretrained(tmp_path / "adapters")
@@ -253,7 +254,8 @@ def drop_in():
 def test_a_layout_that_would_be_swallowed_is_an_error(drop_in, model_type):
     model, run, inputs = drop_in(model_type)
     case = inputs["thought_layout"], inputs["input_ids"], torch.zeros(1, 18, 61)
-    hidden = run(**inputs, output_hidden_states=True).hidden_states[-1]
+    mask = torch.ones(1, 6)  # of the text: padding is in the layout
+    hidden = run(**inputs, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(find_lm_head(model).logits(hidden), packed(model, *case)[0], rtol=1e-5, atol=1e-5)
     if run is not model:
         with pytest.raises(ValueError, match="doesn't hand thought_layout on"):
