@@ -23,16 +23,25 @@ from quietstar import (
     verify,
 )
 from quietstar_kernels import (
+    DeltaRows,
     ThoughtLayout,
+    advance_states,
+    anchor_states,
     backends,
+    conv_tails,
     gather_text,
     linear_divergence,
     linear_logprob,
     sample_thoughts,
     sample_token,
     text_attention,
+    text_states,
     thought_attention,
+    thought_conv,
+    thought_conv_decode,
     thought_decode,
+    thought_delta,
+    thought_delta_decode,
     vocab_parallel_logprob,
 )
 
@@ -45,6 +54,13 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, weight: Tensor, tar
     out = thought_attention(q, k, v, layout, window=4, return_lse=False, backend="reference")
     either: Tensor | tuple[Tensor, Tensor] = thought_attention(q, k, v, layout, return_lse=flag)
     out = thought_decode(q, k, v, k, v, layout, step=0)
+    out = thought_conv(hidden, weight, None, layout)
+    out = thought_conv_decode(hidden, conv_tails(hidden, layout, 4), weight, None)
+    out, w = thought_delta(q, k, v, lse, None, layout)
+    rows = DeltaRows(k, w, lse)
+    states: Tensor = text_states(rows, layout.lo)
+    out, w = thought_delta_decode(q, k, v, lse, None, rows, states, anchor_states(rows, states, layout), layout, step=0)
+    advance_states(rows, states, layout.lo, targets)
     logprob: Tensor = linear_logprob(hidden, weight, targets)
     logprob, entropy = linear_logprob(hidden, weight, targets, return_entropy=True)
     either = linear_logprob(hidden, weight, targets, return_entropy=flag)
