@@ -12,11 +12,10 @@ _waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
 
 
 def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
-    """Call ``change`` with a module: now if it has been imported, else when it is."""
+    """Call ``change`` with a module: now if it has been imported, and each time that it is."""
+    _waiting.setdefault(name, []).append(change)
     if name in sys.modules:
         change(sys.modules[name])
-    else:
-        _waiting.setdefault(name, []).append(change)
 
 
 class _Finder(MetaPathFinder):
