@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ._imports import when_imported
+from .imports import when_imported
 
 # "quietstar"; a copy of this package under another name, as the kernels hub loads it, registers operators of its own.
 NAMESPACE = __name__.partition(".")[0].removesuffix("_kernels")

@@ -22,8 +22,8 @@ from transformers.activations import ACT2FN
 from quietstar.hf.architectures import RECURRENT_FILES, WITHOUT_ATTENTION, convolutions, wrong_with_layout
 from quietstar.hf.decoder import PackedPass, ThoughtPass
 from quietstar_kernels import ThoughtLayout
-from quietstar_kernels._imports import when_imported
 from quietstar_kernels.checks import refusal
+from quietstar_kernels.imports import when_imported
 from quietstar_kernels.reference import wide
 
 
