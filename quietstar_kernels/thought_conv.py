@@ -122,15 +122,19 @@ def _tails(layout: ThoughtLayout, width: int) -> Tensor:
 
 
 def _places(layout: ThoughtLayout, taps: int, given: bool) -> Tensor:
-    """int64 [W,B*n], ``_above`` for the rows of x: places among all B*M rows, and one more for none."""
-    above, last = _above(layout, taps), layout.B * layout.M
-    place = above + layout.M * torch.arange(layout.B, device=layout.device)[:, None]
-    return place.where(above >= 0, last)[:, :, layout.L if given else 0 :].flatten(1)
+    """int64 [W,B*n], ``_above`` for the rows of x, among all B*M rows."""
+    above, first = _above(layout, taps), layout.M * torch.arange(layout.B, device=layout.device)[:, None]
+    return (above + first).where(above >= 0, -1)[:, :, layout.L if given else 0 :].flatten(1)
 
 
 def _source(x: Tensor, text: Tensor | None) -> Tensor:
-    """[B*M+1,D]: all rows, and one of zeros."""
-    return pad((x if text is None else torch.cat([text, x], 1)).flatten(0, 1), (0, 0, 0, 1))
+    """[B*M,D]: all rows."""
+    return (x if text is None else torch.cat([text, x], 1)).flatten(0, 1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of x [rows,D] of these numbers, wide; 0 for -1."""
+    return wide(x.index_select(0, index.clamp(min=0))).masked_fill_((index < 0)[:, None], 0)
 
 
 def _by_place(weight: Tensor) -> Tensor:
@@ -145,11 +149,11 @@ def _blocks(rows: int, like: Tensor) -> list[slice]:
 
 def _thought_conv(x: Tensor, weight: Tensor, bias: Tensor | None, text: Tensor | None, above: Tensor) -> Tensor:
     source, by_place, out = _source(x, text), _by_place(weight), x.new_empty(x.shape)
-    rows, off = out.view(-1, x.shape[-1]), (above[0] == len(source) - 1)[:, None]
+    rows, off = out.view(-1, x.shape[-1]), (above[0] < 0)[:, None]
     for block in _blocks(len(rows), x):
-        total = wide(source.index_select(0, above[0, block])) * by_place[0]
+        total = _rows(source, above[0, block]).mul_(by_place[0])
         for row, taken in zip(above[1:, block], by_place[1:], strict=True):
-            total.addcmul_(wide(source.index_select(0, row)), taken)
+            total.addcmul_(_rows(source, row), taken)
         if bias is not None:
             total.add_(bias).masked_fill_(off[block], 0)
         rows[block] = total
@@ -161,20 +165,20 @@ def _thought_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and text, the last with no rows if there is none."""
     source, g, by_place = _source(x, text), grad.flatten(0, 1), _by_place(weight)
-    total, last = by_place.new_zeros(source.shape), len(source) - 1
+    total = by_place.new_zeros(len(source) + 1, x.shape[2])  # and one for what no row gets
     grad_weight, grad_bias = torch.zeros_like(by_place), by_place.new_zeros(x.shape[-1])
+    on = above[0] >= 0
+    # Rows that are off add zeros, not all to one row, which would take long on a GPU.
+    to = above.where(above >= 0, len(source)).where(on, torch.arange(len(g), device=x.device))
     for block in _blocks(len(g), x):
-        on = above[0, block] < last
-        later = wide(g[block]).where(on[:, None], 0)
-        # Rows that are off add zeros, not all to one row, which would take long on a GPU.
-        spread = torch.arange(len(on), device=x.device) % last
-        for before, taken, to_weight in zip(above[:, block], by_place, grad_weight, strict=True):
-            total.index_put_((before.where(on, spread),), later * taken, accumulate=True)  # in a fixed order, on GPUs too
+        later = wide(g[block]).where(on[block, None], 0)
+        for i, taken in enumerate(by_place):
+            total.index_put_((to[i, block],), later * taken, accumulate=True)  # in a fixed order, on GPUs too
             if needs_weight:
-                to_weight += (wide(source.index_select(0, before)) * later).sum(0)
+                grad_weight[i] += _rows(source, above[i, block]).mul_(later).sum(0)
         grad_bias += later.sum(0)
     sizes = [0 if text is None else text.shape[1], x.shape[1]]
-    grads = total[:last].view(len(x), sum(sizes), x.shape[2]).to(x.dtype)
+    grads = total[:-1].view(len(x), sum(sizes), x.shape[2]).to(x.dtype)
     grad_text, grad_x = (y.contiguous() for y in grads.split(sizes, 1))
     return grad_x, grad_weight.flip(0).T.to(x.dtype).contiguous(), grad_bias.to(x.dtype), grad_text
 
