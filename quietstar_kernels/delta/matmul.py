@@ -510,8 +510,13 @@ class Plan(NamedTuple):
     first: Tensor
 
 
-@torch.compiler.disable
 def _plan(layout: ThoughtLayout) -> Plan:
+    if torch.compiler.is_compiling():  # a decorator would import Dynamo, and with it Triton
+        return torch.compiler.disable(_make_plan)(layout)
+    return _make_plan(layout)
+
+
+def _make_plan(layout: ThoughtLayout) -> Plan:
     if not has_values(layout.lo):
         raise ValueError("thought_delta: a tree must have values, got a meta, fake or traced layout")
     B, R, device = layout.B, layout.R, layout.device
@@ -569,7 +574,7 @@ def _by_states(
     beta = None if beta is None else rows.split(beta)
     S = _take(state_at(past, batch, anchor), first)[:, :, None]
     out, w, _ = _recur(S, lambda x: x.split(sizes), torch.cat, above, _causal(CHUNK, g.device), q, k, v, g, beta)
-    return rows.joined(out), rows.joined(w)
+    return rows.joined(out), rows.joined(w)  # type: ignore[arg-type]  # there is a q
 
 
 def state_at(past: Chunks, batch: Tensor, position: Tensor) -> Tensor:
