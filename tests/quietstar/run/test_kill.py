@@ -154,6 +154,9 @@ def test_what_a_signal_leaves_resumes_to_what_an_unbroken_run_writes(home, solve
         users.remove()
         found = content(folder / "run")
         differ = [name for name in want.keys() | found.keys() if want.get(name) != found.get(name)]
+        if asked:  # the checkpoint before the last may be one that was asked for
+            last = max((name.split("/")[1] for name in want if name.startswith("checkpoints/")), default="")
+            differ = [name for name in differ if not name.startswith("checkpoints/") or f"/{last}/" in name]
         assert differ == []  # names, since pytest would take hours to show how weights differ
     assert asked or inside > killed / 3
     record_property(
