@@ -277,7 +277,7 @@ def by_library(what: str, prepare: Callable[[Function], Any], theirs: str, of_fl
 TRL = replace(STOCK, why_not=lambda case: no_trl(case) or no_qwen(case))
 SEQUENCES = [
     *by_library("repeated text", repeated, "torch_chunk_gated_delta_rule", "chunk_gated_delta_rule"),
-    Candidate("branches through FLA", lambda case: packed(case, "fla"), "fla-core", no_fla, compiles=True),
+    Candidate("branches through FLA", lambda case: packed(case, "fla"), PACKAGE, no_fla, compiles=True),
     Candidate("sequential states", lambda case: packed(case, "reference"), PACKAGE, needs=states),
 ]
 STATES = by_library("a state per branch", with_states, "torch_recurrent_gated_delta_rule", "fused_recurrent_gated_delta_rule")

@@ -82,6 +82,10 @@ class Branches(_Tensors):
         """bool [B,R]: the rows that are on."""
         return self.of_row >= 0
 
+    def rows_on(self) -> Tensor:
+        """bool [B,M]: text rows, and the branch rows that are on."""
+        return torch.cat([torch.ones_like(self.lo, dtype=torch.bool), self.live()], 1)
+
     def column(self, column: int) -> Tensor:
         """int64 [B,R]: ANCHOR, START or LENGTH of each row's branch; 0 where the row is off."""
         return self.per_row(self.table[..., column])

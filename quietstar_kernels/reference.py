@@ -45,7 +45,7 @@ def thought_attention_backward(
     row_on = live[:, None, :, None]
     dO = wide(grad_out).masked_fill(~row_on, 0)
     H, G = q.shape[1], k.shape[1]
-    key_on = _key_on(branches)[:, None, :, None]
+    key_on = branches.rows_on()[:, None, :, None]
     qf = wide(q).masked_fill(~row_on, 0)
     kf = wide(k).masked_fill(~key_on, 0).repeat_interleave(H // G, 1)
     vf = wide(v).masked_fill(~key_on, 0).repeat_interleave(H // G, 1)
@@ -243,13 +243,7 @@ def _softcap(x: Tensor, cap: float | None) -> Tensor:
 def _masks(branches: Branches, window: int | None, rows: int) -> tuple[Tensor, Tensor]:
     """For the last ``rows`` packed rows, the dense mask [B,rows,M] and which of them are on [B,rows]."""
     skip = branches.M - rows
-    return branches.dense_mask(window)[:, skip:], _key_on(branches)[:, skip:]
-
-
-def _key_on(branches: Branches) -> Tensor:
-    """bool [B,M]: text rows and live branch rows."""
-    text = torch.ones(branches.B, branches.L, dtype=torch.bool, device=branches.device)
-    return torch.cat([text, branches.live()], 1)
+    return branches.dense_mask(window)[:, skip:], branches.rows_on()[:, skip:]
 
 
 def _without_poison(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

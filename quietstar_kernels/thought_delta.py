@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .branches import ANCHOR
+from .branches import ANCHOR, LENGTH, START
 from .checks import FLOATS, Checker, check_instance, check_steps, refuse_where
 from .delta import fla, matmul, reference
 from .delta.matmul import finite, known
@@ -89,9 +89,7 @@ def thought_delta(
             rows = [finite(x) for x in rows]
             poisoned = _poisoned(bad, layout, text)
         q, k, v, g = rows[:4]
-        past = None if text is None else DeltaRows(*(x.to(wide_dtype) for x in (text.k, text.w, columns(text.g, text.w))))
-        if past is not None:
-            past = DeltaRows(*map(finite, past))
+        past = None if text is None else DeltaRows(*map(finite, widened(text, wide_dtype)))
         backend = fla.chosen(backend, v.device, dtype, k.shape[-1], beta is not None, past is not None)
         out, w = backend_of(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
         if poisoned is not None:
@@ -105,10 +103,8 @@ def _recurrent_rows(layout: ThoughtLayout) -> Tensor | None:
     """bool [B,M], the rows that are on; None if all are, as a host can tell. Raises ValueError for what no recurrence can
     follow."""
     check_recurrent(_OP, layout)
-    live = layout.branches.live()
-    if known(live) and bool(live.all()):
-        return None
-    return torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), live], 1)
+    live = layout.branches.rows_on()
+    return None if known(live) and bool(live.all()) else live
 
 
 def _where_on(x: Tensor, live: Tensor | None) -> Tensor:
@@ -126,6 +122,11 @@ def check_recurrent(op: str, layout: ThoughtLayout) -> None:
 def columns(g: Tensor, v: Tensor) -> Tensor:
     """[B,H,rows,1], or [B,H,rows,K] as it is."""
     return g[..., None] if g.ndim < v.ndim else g
+
+
+def widened(rows: DeltaRows, dtype: torch.dtype) -> DeltaRows:
+    """In a dtype, and g with a last dimension of 1 or K."""
+    return DeltaRows(rows.k.to(dtype), rows.w.to(dtype), columns(rows.g, rows.w).to(dtype))
 
 
 def not_finite(*tensors: Tensor, heads: int) -> Tensor:
@@ -152,7 +153,7 @@ def _poisoned(bad: Tensor, layout: ThoughtLayout, text: DeltaRows | None) -> Ten
     branches = layout.branches
     r = torch.arange(layout.R, device=bad.device)
     if branches.path is None:
-        end = (branches.column(1) + branches.column(2)).where(branches.live(), r + 1)
+        end = (branches.column(START) + branches.column(LENGTH)).where(branches.live(), r + 1)
     else:
         end = branches.path[..., 0].long().where(branches.live(), r + 1)
     # Row r is seen by rows r to end(r): add one there, take it away after.

@@ -14,7 +14,7 @@ from .checks import FLOATS, INTEGERS, refuse_where
 from .delta import CHUNK, matmul
 from .delta.matmul import finite, known
 from .layout import ThoughtLayout
-from .thought_delta import DeltaRows, backend_of, check_arguments, check_recurrent, check_rows, columns, not_finite
+from .thought_delta import DeltaRows, backend_of, check_arguments, check_recurrent, check_rows, columns, not_finite, widened
 
 _OP = "thought_delta_decode"
 
@@ -92,8 +92,8 @@ def thought_delta_decode(
             own.mul_(g.exp()[..., None])
             found = matmul.spread(x, H) @ own
         else:
-            kept, seen = _above(_wide(own, wide), layout, step)
-            found = backend_of(_OP, backend).read_rows(x, g, _wide(text, wide), states.to(wide), kept, seen, layout)
+            kept, seen = _above(widened(own, wide), layout, step)
+            found = backend_of(_OP, backend).read_rows(x, g, widened(text, wide), states.to(wide), kept, seen, layout)
             if layout.L:
                 anchor = layout.branches.table[..., ANCHOR].long().clamp(min=0)
                 last = text.w.gather(2, anchor[:, None, :, None].expand(-1, H, -1, v.shape[3]))
@@ -106,10 +106,6 @@ def thought_delta_decode(
         out = found[..., 0, :] + matmul.spread((q * k).sum(-1, keepdim=True), H) * w
         out = out.masked_fill(bad_q[..., None], torch.nan).where(on, 0)
     return out.to(dtype), w
-
-
-def _wide(rows: DeltaRows, dtype: torch.dtype) -> DeltaRows:
-    return DeltaRows(rows.k.to(dtype), rows.w.to(dtype), columns(rows.g, rows.w).to(dtype))
 
 
 def _above(own: DeltaRows, layout: ThoughtLayout, step: int | Tensor) -> tuple[DeltaRows, Tensor]:
@@ -143,7 +139,7 @@ def _path_slots(layout: ThoughtLayout, tree: Tensor, S: int) -> Tensor:
 @torch.no_grad()
 def text_states(text: DeltaRows, lo: Tensor) -> Tensor:
     """The states [B,H,n,K,E] of a text before rows 0, 32, 64, .., from what its rows left. ``lo`` [B,L]: of its layout."""
-    text = DeltaRows(*(finite(x) for x in _wide(text, text.w.dtype)))
+    text = DeltaRows(*(finite(x) for x in widened(text, text.w.dtype)))
     return matmul.text_chunks(matmul.chunk_masks(lo), None, *text)[1].states
 
 
@@ -162,7 +158,7 @@ def anchor_states(text: DeltaRows, states: Tensor, layout: ThoughtLayout) -> Ten
         return text.w.new_zeros(B, H, C, text.k.shape[-1], text.w.shape[-1])
     last = anchor.clamp(min=0)
     bad = ~text.w.sum(-1).isfinite().gather(2, last[:, None].expand(B, H, C))
-    rows = (finite(x) for x in _wide(text, text.w.dtype))
+    rows = (finite(x) for x in widened(text, text.w.dtype))
     _, past = matmul.text_chunks(matmul.masks_of(layout), states, *rows)
     batch = torch.arange(B, device=anchor.device)[:, None].expand(B, C)
     found = matmul.state_at(past, batch.flatten(), last.flatten()).unflatten(0, (B, C)).transpose(1, 2)
@@ -181,7 +177,7 @@ def advance_states(text: DeltaRows, states: Tensor, lo: Tensor, place: Tensor) -
         place: int64 [1].
     """
     rows = place // CHUNK * CHUNK + torch.arange(CHUNK, device=place.device)
-    k, w, g = (finite(x.index_select(2, rows.clamp(max=x.shape[2] - 1))) for x in _wide(text, states.dtype))
+    k, w, g = (finite(x.index_select(2, rows.clamp(max=x.shape[2] - 1))) for x in widened(text, states.dtype))
     chunk = place // CHUNK
     seen = matmul.chunk_masks(lo).index_select(2, chunk)
     _, past = matmul.text_chunks(seen, states.index_select(2, chunk), k, w, g)

@@ -25,7 +25,7 @@ def thought_delta(
     q, k = (x.repeat_interleave(H // x.shape[1], 1) for x in (q, k))
     parent = layout.branches.parent_rows()
     place = layout.branches.position_ids()
-    live = torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), layout.branches.live()], 1)
+    live = layout.branches.rows_on()
     # All rows of the batch in one dimension.
     q, k, v, g, *more = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, g, *([] if beta is None else [beta])))
     above = (parent + layout.M * torch.arange(B, device=v.device)[:, None]).flatten()

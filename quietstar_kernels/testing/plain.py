@@ -132,7 +132,7 @@ def plain_divergence(
 def plain_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: ThoughtLayout) -> Tensor:
     """``thought_conv`` from each row to the row before it, W times, every step in x's dtype; differentiable by autograd."""
     parent, W = layout.branches.parent_rows(), weight.shape[1]
-    b, m = torch.cat([torch.ones_like(layout.lo, dtype=torch.bool), layout.branches.live()], 1).nonzero().T
+    b, m = layout.branches.rows_on().nonzero().T
     row, total = m, x.new_zeros(len(m), x.shape[-1]) + (0 if bias is None else bias)
     for i in range(W):
         total = total + x[b, row].where((row >= 0)[:, None], 0) * weight[:, W - 1 - i]
