@@ -77,9 +77,7 @@ def thought_decode(
     check_attention(check, "k_text", "v_text", sinks, device)
     check.last_strides_one(q=q, k_text=k_text, v_text=v_text, k_own=k_own, v_own=v_own)
     S = check["S"]
-    if layout.parent is not None:
-        above = layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long())
-        refuse_where((layout.parent >= 0) & (above > S), f"{_OP}: k_own must hold all rows of a node with children, got S={S}")
+    check_parents(check, "k_own", layout)
     if isinstance(step, Tensor):
         check.tensor("step", step, "", INTEGERS, device, "layout")
     else:
@@ -105,6 +103,14 @@ def thought_decode(
         softcap,
         _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"]),
     )
+
+
+def check_parents(check: Checker, own: str, layout: ThoughtLayout) -> None:
+    """Raises ValueError if the S rows of ``own`` are fewer than those of a node with children."""
+    if layout.parent is not None:
+        above = layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long())
+        short = (layout.parent >= 0) & (above > check["S"])
+        refuse_where(short, f"{check.op}: {own} must hold all rows of a node with children, got S={check['S']}")
 
 
 def _thought_decode(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .branches import ANCHOR, DEPTH, END, LENGTH, START
-from .checks import FLOATS, INTEGERS, refuse_where
+from .checks import FLOATS, INTEGERS
 from .delta import CHUNK, matmul
 from .delta.matmul import finite, known
 from .layout import ThoughtLayout
+from .thought_decode import check_parents
 from .thought_delta import DeltaRows, backend_of, check_arguments, check_recurrent, check_rows, columns, not_finite, widened
 
 _OP = "thought_delta_decode"
@@ -72,10 +73,7 @@ def thought_delta_decode(
             check.sizes["S"] = layout.S
         check_rows(check, "own", own, "P*N,S", device)
         most = check["S"] - 1
-        if layout.parent is not None:
-            above = layout.length[..., 0].gather(1, layout.parent.clamp(min=0).long()) if layout.P else layout.parent
-            long = (layout.parent >= 0) & (above > check["S"])
-            refuse_where(long, f"{_OP}: own must hold all rows of a node with children, got S={check['S']}")
+        check_parents(check, "own", layout)
     if isinstance(step, Tensor):
         check.tensor("step", step, "", INTEGERS, device, "layout")
     if not isinstance(step, Tensor) or known(step):
