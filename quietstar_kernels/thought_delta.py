@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .branches import ANCHOR, LENGTH, START
 from .checks import FLOATS, Checker, check_instance, check_steps, refuse_where
 from .delta import fla, matmul, reference
 from .delta.matmul import finite, known
@@ -138,30 +137,15 @@ def not_finite(*tensors: Tensor, heads: int) -> Tensor:
 
 def _poisoned(bad: Tensor, layout: ThoughtLayout, text: DeltaRows | None) -> Tensor:
     """bool [B,H,rows]: rows with a bad one on their path, themselves included."""
-    B, H = bad.shape[:2]
-    L, first = layout.L, layout.M - bad.shape[2]
-    counts = bad.int()
-    if text is None:
-        counts, own = counts.split([L, layout.R], 2)
-        sums = torch.nn.functional.pad(counts.cumsum(2), (1, 0))
-        lo = layout.lo.long()[:, None].expand(B, H, L)
-        text_bad = sums[..., 1:] > sums.gather(2, lo)
-    else:
-        own, text_bad = counts, ~text.w.sum(-1).isfinite()  # NaN where a row was poisoned
-    if not layout.R:
-        return text_bad[:, :, first:]
-    branches = layout.branches
-    r = torch.arange(layout.R, device=bad.device)
-    if branches.path is None:
-        end = (branches.column(START) + branches.column(LENGTH)).where(branches.live(), r + 1)
-    else:
-        end = branches.path[..., 0].long().where(branches.live(), r + 1)
-    # Row r is seen by rows r to end(r): add one there, take it away after.
-    change = torch.nn.functional.pad(own, (0, 1)).scatter_add(2, end[:, None].expand(B, H, -1), -own)
-    own_bad = change[..., :-1].cumsum(2) > 0
-    if L:
-        own_bad = own_bad | text_bad.gather(2, branches.column(ANCHOR)[:, None].expand(B, H, -1))
-    return own_bad if first else torch.cat([text_bad, own_bad], 2)
+    first = layout.M - bad.shape[2]
+    if text is not None:
+        bad = torch.cat([~text.w.sum(-1).isfinite(), bad], 2)  # NaN where a row was poisoned
+    above = layout.branches.parent_rows()
+    above = torch.where(above < 0, torch.arange(layout.M, device=bad.device), above)
+    for _ in range(layout.M.bit_length()):  # from each row to the one 1, 2, 4, .. above it
+        bad = bad | bad.gather(2, above[:, None].expand_as(bad))
+        above = above.gather(1, above)
+    return bad[:, :, first:]
 
 
 def check_arguments(

@@ -16,15 +16,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..branches import ANCHOR, LENGTH, PARENT, START
 from ..layout import ThoughtLayout
+from . import matmul
 
 Rule = Callable[..., tuple[Tensor, Any]]
 
@@ -82,7 +81,7 @@ def thought_delta(
     outs, writes, states = [out], [w], read.unflatten(0, (plan.anchors, K)).transpose(1, 2)
     for level in plan.levels:  # a state's gradients are summed in a fixed order
         out, w, _, last = scan(rows, units[:0], level, states[level.above], level is not plan.levels[-1])
-        states = states if last is None else torch.cat([states, last])
+        states = states if last is None else last
         outs.append(out)
         writes.append(w)
     where, flat = torch.cat([x.rows for x in (plan.text, *plan.levels)]), v.new_zeros(B * M, H, E)
@@ -121,7 +120,7 @@ class Sequences(NamedTuple):
         rows: int64 [n], among those of [B*M].
         order: int64 [2n+m].
         ends: int64, where sequences begin and end, from 0 to 2n+m.
-        above: int64, which state each begins with, among those of the anchors and of all branches before; none for the text.
+        above: int64, which state each begins with, among those of the anchors or of the level before; none for the text.
     """
 
     rows: Tensor
@@ -139,35 +138,22 @@ class Plan(NamedTuple):
 
 
 def _plan(layout: ThoughtLayout, K: int) -> Plan:
-    B, L, M, C, tree = layout.B, layout.L, layout.M, layout.branches.C, layout.branches.tree
-    anchor, start, length = (layout.branches.table[..., x].flatten().tolist() for x in (ANCHOR, START, LENGTH))
-    depth, up = [0] * (B * C), [-1] * (B * C)
-    for c, parent in enumerate([-1] * (B * C) if tree is None else tree[..., PARENT].flatten().tolist()):
-        if parent >= 0:  # the nearest one above that has rows
-            parent += c // C * C
-            up[c] = parent if length[parent] else up[parent]
-            depth[c] = depth[up[c]] + 1 if up[c] >= 0 else 0
-    nodes = sorted((c for c in range(B * C) if length[c]), key=depth.__getitem__)
-    places = sorted({c // C * L + anchor[c] for c in nodes})
-    state_at = {place: i for i, place in enumerate(places)}
-    state_of = {c: len(places) + i for i, c in enumerate(nodes)}
-    levels = []
-    for _, level in groupby(nodes, depth.__getitem__):
-        some = list(level)
-        rows = torch.cat([c // C * M + L + start[c] + torch.arange(length[c]) for c in some])
-        sequence = torch.arange(len(some)).repeat_interleave(torch.tensor([length[c] for c in some]))
-        above = [state_of[up[c]] if up[c] >= 0 else state_at[c // C * L + anchor[c]] for c in some]
-        levels.append(_sequences(rows, [], sequence, above, layout.device))
-    t = torch.arange(B * L)
+    L, M = layout.L, layout.M
+    t, none = torch.arange(layout.B * L), torch.arange(0)
+    plan = matmul.plan_of(layout, max(layout.rows, 1))  # a chunk for each branch
+    behind = (plan.batch * L + plan.anchor).cpu().repeat_interleave(K)
     document = (layout.lo.cpu() == torch.arange(L)).flatten().cumsum(0) - 1
-    behind = [place for place in places for _ in range(K)]
-    text = _sequences(t + t // max(L, 1) * (M - L), behind, document, [], layout.device)
-    return Plan(text, len(places), levels)
+    text = _sequences(t + t // max(L, 1) * (M - L), behind, document, none, layout.device)
+    levels, batches, tables = [], plan.rows.batch.cpu().split(plan.sizes), plan.rows.row[:, 0].cpu().split(plan.sizes)
+    for batch, row, above in zip(batches, tables, [plan.first, *plan.above], strict=False):
+        sequence = (row >= 0).nonzero()[:, 0]
+        levels.append(_sequences((batch * M + L + row)[row >= 0], none, sequence, above, layout.device))
+    return Plan(text, len(plan.anchor), levels)
 
 
-def _sequences(rows: Tensor, behind: list[int], sequence: Tensor, above: list[int], device: torch.device) -> Sequences:
+def _sequences(rows: Tensor, behind: Tensor, sequence: Tensor, above: Tensor, device: torch.device) -> Sequences:
     """Of rows, reads behind some of them, numbered from 0 to n-1, and the number of each row's sequence, ascending."""
-    n, reads, first = torch.arange(len(rows)), *(torch.tensor(x, dtype=torch.int64) for x in (behind, above))
-    order = torch.cat([3 * n + 1, 3 * n, 3 * reads + 2]).argsort(stable=True)
-    ends = pad(torch.cat([sequence.repeat(2), sequence[reads]]).bincount().cumsum(0), (1, 0))
-    return Sequences(*(x.to(device) for x in (rows, order, ends, first)))
+    n = torch.arange(len(rows))
+    order = torch.cat([3 * n + 1, 3 * n, 3 * behind + 2]).argsort(stable=True)
+    ends = pad(torch.cat([sequence.repeat(2), sequence[behind]]).bincount().cumsum(0), (1, 0))
+    return Sequences(*(x.to(device) for x in (rows, order, ends, above)))

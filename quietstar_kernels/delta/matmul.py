@@ -23,6 +23,7 @@ a decay for each channel, e^(sum from j to i) is split where the binary numbers 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from ..branches import ANCHOR, LENGTH, PARENT, START
+from ..branches import ANCHOR, LENGTH, START
 from ..checks import has_values, on_host
 from ..layout import ThoughtLayout
 from . import CHUNK
@@ -368,33 +369,17 @@ class _Rows(torch.autograd.Function):
         return _Rows.apply(grad, back, index, *ctx.full[::-1]), None, None, None, None
 
 
-class _Take(torch.autograd.Function):
-    """x[index] in dimension 0, where an index may come again. The gradient is a sum in a fixed order."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor) -> Tensor:
-        return x.index_select(0, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, index = inputs
-        ctx.save_for_backward(index)
-        ctx.rows = len(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        (index,) = ctx.saved_tensors
-        zero = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        if grad.device.type == "cpu":
-            return zero.index_add(0, index, grad), None
-        return zero.index_put((index,), grad, accumulate=True), None  # it sorts, where index_add races
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x [rows,..] at index: [*index,..]."""
-    return _Take.apply(x, index.flatten()).unflatten(0, index.shape)
+    """x [rows,..] at index: [*index,..], of which some may be the same. The gradient is a sum in a fixed order."""
+    if x.device.type == "cpu":
+        return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return x[index]  # its gradient is sorted there, where that of index_select races
+
+
+def _at_chunk(x: Tensor, batch: Tensor, chunk: Tensor) -> Tensor:
+    """x [B,h,n,..] in chunks [A,1,*] of batch rows [A,1,*]: [A,h,*,..]."""
+    head = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (chunk.ndim - 2))
+    return _take(x.flatten(0, 2), (batch * x.shape[1] + head) * x.shape[2] + chunk)
 
 
 class Blocks(NamedTuple):
@@ -451,19 +436,16 @@ def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False
         own: [B,H,n,b,1], how much is left of that state in the branch; not with a decay for each channel, which is in x.
         clean: NaN of the text counts as 0.
     """
-    chunks, n = past.w.shape[2], blocks.chunk.shape[1]
-    batch = torch.arange(blocks.chunk.shape[0], device=blocks.chunk.device)[:, None, None]
-
-    def head(heads: int) -> Tensor:
-        return batch * heads + torch.arange(heads, device=batch.device)[:, None]
+    B, n = blocks.chunk.shape
+    batch = torch.arange(B, device=blocks.chunk.device)[:, None, None]
 
     def of_chunk(x: Tensor) -> Tensor:
-        x = _take(x.flatten(0, 2), head(x.shape[1]) * chunks + blocks.chunk[:, None])
+        x = _at_chunk(x, batch, blocks.chunk[:, None])
         return finite(x) if clean and x.is_floating_point() else x
 
     def of_row(x: Tensor) -> Tensor:
-        block = head(x.shape[1]) * n + torch.arange(n, device=batch.device)
-        return _take(x.flatten(0, 3), block[..., None] * CHUNK + blocks.place[:, None])
+        block = torch.arange(B * x.shape[1] * n, device=batch.device).view(B, x.shape[1], n, 1)
+        return _take(x.flatten(0, 3), block * CHUNK + blocks.place[:, None])
 
     k, w, g, seen, S = (of_chunk(x) for x in past)
     decay = _decay(g, seen)
@@ -495,7 +477,7 @@ class Plan(NamedTuple):
     """Chunks of branch rows, level after level.
 
     Attributes:
-        rows: N chunks of CHUNK rows.
+        rows: N chunks of CHUNK rows, or of another size.
         sizes: how many chunks each level has.
         above: of each level but the first: int64, the place of each chunk's parent in the level before.
         batch, anchor: int64 [A], anchors that differ, and in which batch row.
@@ -510,64 +492,49 @@ class Plan(NamedTuple):
     first: Tensor
 
 
-def _plan(layout: ThoughtLayout) -> Plan:
+def plan_of(layout: ThoughtLayout, size: int = CHUNK) -> Plan:
+    """Raises ValueError for a layout without values."""
     if torch.compiler.is_compiling():  # a decorator would import Dynamo, and with it Triton
-        return torch.compiler.disable(_make_plan)(layout)
-    return _make_plan(layout)
+        return torch.compiler.disable(_make_plan)(layout, size)
+    return _make_plan(layout, size)
 
 
-def _make_plan(layout: ThoughtLayout) -> Plan:
+def _make_plan(layout: ThoughtLayout, size: int) -> Plan:
     if not has_values(layout.lo):
         raise ValueError("thought_delta: a tree must have values, got a meta, fake or traced layout")
-    B, R, device = layout.B, layout.R, layout.device
-    branches = layout.branches
-    table = branches.table.cpu().long()
-    anchor, start, length = table.flatten(0, 1).unbind(1)
-    C = table.shape[1]
-    counts = (length + CHUNK - 1) // CHUNK  # chunks of each node
-    base, last = torch.zeros_like(counts), counts.cumsum(0) - 1  # level of its first chunk; its last chunk
-    if branches.tree is not None:
-        of, levels, ends = branches.tree[..., PARENT].flatten().tolist(), counts.tolist(), last.tolist()
-        depth, end = [0] * len(of), [-1] * len(of)  # below a node: the level, and the chunk that is above
-        above_node = [-1] * len(of)
-        for c, up in enumerate(of):
-            if up >= 0:
-                up += c // C * C
-                depth[c], above_node[c] = depth[up] + levels[up], end[up]
-            end[c] = ends[c] if levels[c] else above_node[c]
-        base, above_first = torch.tensor(depth), torch.tensor(above_node)
-    else:
-        above_first = torch.full_like(counts, -1)
-    node = torch.arange(B * C).repeat_interleave(counts)
-    j = torch.arange(len(node)) - (last - counts + 1)[node]  # which chunk of its node
-    level = base[node] + j
-    above = torch.where(j > 0, torch.arange(len(node)) - 1, above_first[node])
-    order = level.argsort(stable=True)
-    sizes = level.bincount().tolist()
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))  # of each chunk in the order
-    node, j, above = node[order], j[order], above[order]
-    s = torch.arange(CHUNK)
-    in_node = j[:, None] * CHUNK + s
-    on = in_node < length[node][:, None]
-    row = (start[node][:, None] + in_node).where(on, -1)
-    batch = node // C if C else node
-    slot = torch.full((B * R,), -1)
-    slot[(batch[:, None] * R + row)[on]] = torch.arange(row.numel()).view_as(row)[on]
-    parents, done = [], 0
-    for before, size in zip(sizes, sizes[1:], strict=False):
-        parents.append(place[above[done + before : done + before + size]] - done)
-        done += before
-    roots = node[: sizes[0]] if sizes else node
-    keys, first = (batch[: len(roots)] * layout.L + anchor[roots]).unique(return_inverse=True)
-    rows = Rows(*(x.to(device) for x in (batch[:, None], row[:, None], slot.view(B, R))))
-    parents = [x.to(device) for x in parents]
-    return Plan(rows, sizes, parents, *(x.to(device) for x in (keys // layout.L, keys % layout.L, first)))
+    B, L, R, branches = layout.B, layout.L, layout.R, layout.branches
+    anchor, start, length = branches.table.cpu().long().flatten(0, 1).unbind(1)
+    # Chunks in the order of their branches.
+    counts = (length + size - 1) // size
+    branch = torch.arange(len(counts)).repeat_interleave(counts)
+    batch = branch // max(branches.C, 1)
+    first = start[branch] + (torch.arange(len(branch)) - (counts.cumsum(0) - counts)[branch]) * size
+    row = first[:, None] + torch.arange(size)
+    on = row < (start + length)[branch, None]
+    number, slot = torch.arange(row.numel()).view_as(row), torch.full((B, R), -1)
+    slot[batch[:, None].expand_as(row)[on], row[on]] = number[on]
+    # The chunk above is that of the row before the first; it stands before.
+    before = branches.parent_rows().cpu()[batch, L + first] - L
+    above = torch.where(before < 0, -1, slot[batch, before.clamp(min=0)] // size)
+    levels: list[int] = []
+    for chunk in above.tolist():
+        levels.append(0 if chunk < 0 else levels[chunk] + 1)
+    level = torch.tensor(levels, dtype=torch.int64)
+    order, sizes = level.argsort(stable=True), level.bincount().tolist()
+    branch, batch, row, on, above = (x[order] for x in (branch, batch, row, on, order.argsort()[above]))
+    slot[batch[:, None].expand_as(row)[on], row[on]] = number[on]
+    parents = [x - begin for x, begin in zip(above.split(sizes)[1:], [0, *itertools.accumulate(sizes)], strict=False)]
+    roots = branch[: sum(sizes[:1])]
+    keys, first = (roots // max(branches.C, 1) * L + anchor[roots]).unique(return_inverse=True)
+    rows = Rows(*(x.to(layout.device) for x in (batch[:, None], row.where(on, -1)[:, None], slot)))
+    of_level = [x.to(layout.device) for x in (keys // max(L, 1), keys % max(L, 1), first, *parents)]
+    return Plan(rows, sizes, of_level[3:], *of_level[:3])
 
 
 def _by_states(
     layout: ThoughtLayout, past: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    rows, sizes, above, batch, anchor, first = layout.table("delta plan", _plan)
+    rows, sizes, above, batch, anchor, first = layout.table("delta plan", plan_of)
     if not sizes:
         return v * 0, v * 0
     q, k, v, g = (rows.split(x) for x in (q, k, v, g))
@@ -581,11 +548,7 @@ def state_at(past: Chunks, batch: Tensor, position: Tensor) -> Tensor:
     """The states [A,H,K,E] after text rows ``position`` [A] of batch rows ``batch`` [A]."""
     chunk, place = position // CHUNK, position % CHUNK
 
-    def of_chunk(x: Tensor) -> Tensor:
-        heads = torch.arange(x.shape[1], device=x.device)
-        return _take(x.flatten(0, 2), (batch[:, None] * x.shape[1] + heads) * x.shape[2] + chunk[:, None])
-
-    k, w, g, seen, S = (of_chunk(x) for x in past)
+    k, w, g, seen, S = (_at_chunk(x, batch[:, None], chunk[:, None]) for x in past)
     seen = seen[torch.arange(len(place), device=place.device), :, place][..., None]  # [A,1,1+CHUNK,1]
     g = g.where((torch.arange(CHUNK, device=g.device) <= place[:, None])[:, None, :, None], 0)
     carry = (g.sum(-2).exp() * seen[:, :, 0])[..., None]
