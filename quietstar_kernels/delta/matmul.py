@@ -180,22 +180,17 @@ def finite(x: Tensor) -> Tensor:
     return x.where(x.isfinite(), 0)
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
 def _scores(
     xs: Sequence[Tensor],
     k: Tensor,
     g: Tensor,
     seen: Tensor,
     decay: Tensor | None,
-    of_row: Callable[[Tensor], Tensor] = _identity,
+    of_row: Callable[[Tensor], Tensor] = lambda table: table,
 ) -> list[Tensor]:
     """x k^T with decay, [..,rows of x,rows of k]. ``of_row`` takes tables of the rows of k to those of x, if these differ."""
     if decay is not None:
-        decay = of_row(decay)[..., 1:]
-        return [spread(x @ k.mT, decay.shape[1]) * decay for x in xs]
+        return [spread(x @ k.mT, decay.shape[1]) * decay[..., 1:] for x in xs]
     rows = k.shape[-2]
     i = torch.arange(rows, device=k.device)
     part = i[:, None] ^ i
@@ -278,13 +273,11 @@ def _by_reads(
     seen = _causal(layout.S, g.device)
     decay = _decay(g, seen)
     start = _start(g, seen, decay)
-    read = reader(blocks, past, None if decay is None else blocks.rows.split(own.joined(start)))
-
     xs = [q] if beta is None else [q, k]
     scores = _scores(xs, k, g, seen, decay)
-    # What they read of the state at the anchor.
-    found = read([blocks.rows.split(own.joined(x if decay is not None else x * start)) for x in xs])
-    found = [own.split(blocks.rows.joined(x)) for x in found]
+    # What they read of the state at the anchor, as much as is left of it.
+    found = read([blocks.rows.split(own.joined(x * start if decay is None else x)) for x in xs], blocks, past)
+    found = [own.split(blocks.rows.joined(x)) * (1 if decay is None else start) for x in found]
     w = v
     if beta is not None:
         beta = own.split(beta)
@@ -429,13 +422,8 @@ def blocks_of(anchor: Tensor, live: Tensor, L: int, most: int) -> Blocks:
     return Blocks(Rows(batch.expand(B, n), row, slot + batch * n * b), of_block, place)
 
 
-def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """A function of tensors [B,G,n,b,K] that gives [B,H,n,b,E], what each row reads of the state at its anchor.
-
-    Args:
-        own: [B,H,n,b,1], how much is left of that state in the branch; not with a decay for each channel, which is in x.
-        clean: NaN of the text counts as 0.
-    """
+def read(xs: Sequence[Tensor], blocks: Blocks, past: Chunks, clean: bool = False) -> list[Tensor]:
+    """What each row of xs [B,G,n,b,K] reads of the state at its anchor, [B,H,n,b,E]. ``clean``: NaN of the text counts as 0."""
     B, n = blocks.chunk.shape
     batch = torch.arange(B, device=blocks.chunk.device)[:, None, None]
 
@@ -449,17 +437,9 @@ def reader(blocks: Blocks, past: Chunks, own: Tensor | None, clean: bool = False
 
     k, w, g, seen, S = (of_chunk(x) for x in past)
     decay = _decay(g, seen)
-    if decay is not None and own is not None:
-        pick, decay = _identity, of_row(decay) * own
-        start = decay[..., :1]
-    else:
-        pick, start = of_row, of_row(_start(g, seen, decay))
-
-    def read(xs: Sequence[Tensor]) -> list[Tensor]:
-        scores = _scores(xs, k, g, seen, decay, pick)
-        return [_plus(_read(x, S, start), y, w) for x, y in zip(xs, scores, strict=True)]
-
-    return read
+    start, decay = of_row(_start(g, seen, decay)), None if decay is None else of_row(decay)
+    scores = _scores(xs, k, g, seen, decay, of_row)
+    return [_plus(_read(x, S, start), y, w) for x, y in zip(xs, scores, strict=True)]
 
 
 def _branch_rows(layout: ThoughtLayout) -> Rows:
@@ -576,9 +556,9 @@ def read_rows(x: Tensor, g: Tensor, text: tuple, states: Tensor, own: tuple, see
     if not layout.L:
         return scores @ w
     blocks = layout.table("delta decode blocks", _decode_blocks)
-    read = reader(blocks, past, None if channels else blocks.rows.split(left), clean=True)
-    reads = read([blocks.rows.split(y * left if channels else y) for y in x.unbind(3)])
-    return _plus(torch.stack([blocks.rows.joined(y) for y in reads], 3), scores, w)
+    reads = read([blocks.rows.split(y * left if channels else y) for y in x.unbind(3)], blocks, past, clean=True)
+    reads = [blocks.rows.joined(y) * (1 if channels else left) for y in reads]
+    return _plus(torch.stack(reads, 3), scores, w)
 
 
 def _decode_blocks(layout: ThoughtLayout) -> Blocks:
