@@ -187,16 +187,9 @@ def split_documents(data: Sequence[Example]) -> list[Example]:
     return [text for text in texts if len(text["input_ids"]) >= 3 and bool(target_mask(text).any())]
 
 
+@torch.no_grad()
 def loss(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> float:
     """Loss of a model without thoughts, nats: the mean over texts of each text's mean, as for the model with thoughts."""
-    nll, text_index = token_nll(model, texts, batch_size)
-    counts = text_index.bincount()
-    return float((text_index.bincount(nll)[counts > 0] / counts[counts > 0]).mean())
-
-
-@torch.no_grad()
-def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int) -> tuple[Tensor, Tensor]:
-    """fp64 [tokens], the loss of each target token without thoughts, and the index of its text; as ``token_losses``."""
     parts = []
     with dropout_off(model):
         for start in range(0, len(texts), batch_size):
@@ -205,7 +198,8 @@ def token_nll(model: PreTrainedModel, texts: Sequence[Example], batch_size: int)
             nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
             parts.append((nll.double().cpu(), start + row.cpu()))
     nll, text_index = (torch.cat(column) for column in zip(*parts, strict=True))
-    return nll, text_index
+    counts = text_index.bincount()
+    return float((text_index.bincount(nll)[counts > 0] / counts[counts > 0]).mean())
 
 
 @torch.no_grad()

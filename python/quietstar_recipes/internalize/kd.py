@@ -216,6 +216,12 @@ class Pair(nn.Module):
             found |= {i: completions[0] for i, completions in zip(chosen, written, strict=True)}
         return [found[i] for i in range(len(prompts))]
 
+    def answer_loss(self, task: Task, rows: Sequence[Row], states: Tensor) -> Tensor:
+        """The loss of the student's answers to these rows, given states [B,layers,D]."""
+        prompts = [row.prompt_ids for row in rows]
+        with self.student.reading(states, max(map(len, prompts)) - 1):
+            return completion_loss(self.student.model, prompts, [task.direct_ids(row) for row in rows])
+
     def save_pretrained(self, folder: str | Path, task: Task) -> None:
         """Write two ordinary checkpoints, emulator and student, and next to them the weights that pass the states on."""
         with replaced(folder) as temporary:
@@ -279,24 +285,35 @@ def distill(
         pair = Pair(Emulator(copy.deepcopy(model), kd.components), Student(copy.deepcopy(model)))
 
     # 2. The phases, each followed by what it reaches on test problems.
-    phases = Phases(teacher, pair, task, config, kd, training, settings, resume)
+    phases = Phases(config, kd, training, settings, resume)
     report: dict[str, Any] = {}
+
+    def chain_loss(rows: Sequence[Row]) -> Tensor:
+        return completion_loss(teacher, [row.prompt_ids for row in rows], [task.completion_ids(row) for row in rows])
+
+    def shown_states(rows: Sequence[Row]) -> Tensor:
+        return teacher_states(teacher, task, rows)
+
+    def emulated_states(rows: Sequence[Row]) -> Tensor:
+        return pair.emulator([row.prompt_ids for row in rows])
 
     def measured(row: str, steps: int, figures: dict[str, Any]) -> None:
         report[row] = {"steps": steps, **figures}
         log_figures(f"{config.out}, {row}", figures)
 
-    phases.train(TEACHER, teacher, config.explicit_steps, phases.chain_loss)
+    phases.train(TEACHER, teacher, config.explicit_steps, chain_loss)
     save_model(Path(config.out) / TEACHER / MODEL, teacher, task, {})
     measured("full chain", config.explicit_steps, icot.evaluate(teacher, task, test, 0, config))
-    phases.train(STUDENT, pair.student, kd.student_steps, phases.shown_loss)
-    shown = teacher_states(teacher, task, test)
+    phases.train(STUDENT, pair.student, kd.student_steps, lambda rows: pair.answer_loss(task, rows, shown_states(rows)))
+    shown = shown_states(test)
     measured("shown states", kd.student_steps, evaluate(pair, task, test, shown))
-    phases.train(EMULATOR, pair.emulator, kd.emulator_steps, phases.emulator_loss)
+    phases.train(
+        EMULATOR, pair.emulator, kd.emulator_steps, lambda rows: emulation_loss(emulated_states(rows), shown_states(rows))
+    )
     measured("emulated states", kd.emulator_steps, evaluate(pair, task, test))
     with torch.no_grad():
-        report["emulation"] = (phases.emulated(test) - shown).square().mean((0, 2)).tolist()
-    phases.train(COUPLED, pair, kd.coupled_steps, phases.coupled_loss)
+        report["emulation"] = (emulated_states(test) - shown).square().mean((0, 2)).tolist()
+    phases.train(COUPLED, pair, kd.coupled_steps, lambda rows: pair.answer_loss(task, rows, emulated_states(rows)))
     measured("internalized", kd.coupled_steps, evaluate(pair, task, test))
     # 3. What is left at the end.
     pair.save_pretrained(Path(config.out) / PAIR, task)
@@ -309,9 +326,6 @@ def distill(
 class Phases:
     """The phases of a run, each of which trains one of the models, or the pair, in place."""
 
-    teacher: PreTrainedModel
-    pair: Pair
-    task: Task
     config: icot.Config
     kd: Config
     training: Sequence[Row]
@@ -333,33 +347,6 @@ class Phases:
 
         options: dict[str, Any] = {"name": "internalize", "clip": config.clip, "save_every": config.save_every}
         train(module, optimizer, steps, gradient, progress=progress, **options)
-
-    def chain_loss(self, rows: Sequence[Row]) -> Tensor:
-        """The teacher's loss of the chain and the answer."""
-        completions = [self.task.completion_ids(row) for row in rows]
-        return completion_loss(self.teacher, [row.prompt_ids for row in rows], completions)
-
-    def shown_loss(self, rows: Sequence[Row]) -> Tensor:
-        """The loss of the student's answer, given the teacher's states."""
-        return self._answer_loss(rows, teacher_states(self.teacher, self.task, rows))
-
-    def emulator_loss(self, rows: Sequence[Row]) -> Tensor:
-        """How far the emulator's states are from the teacher's."""
-        return emulation_loss(self.emulated(rows), teacher_states(self.teacher, self.task, rows))
-
-    def coupled_loss(self, rows: Sequence[Row]) -> Tensor:
-        """The loss of the student's answer, given the emulator's states."""
-        return self._answer_loss(rows, self.emulated(rows))
-
-    def emulated(self, rows: Sequence[Row]) -> Tensor:
-        """The emulator's states [B,layers,D] of these rows."""
-        return self.pair.emulator([row.prompt_ids for row in rows])
-
-    def _answer_loss(self, rows: Sequence[Row], states: Tensor) -> Tensor:
-        prompts = [row.prompt_ids for row in rows]
-        answers = [self.task.direct_ids(row) for row in rows]
-        with self.pair.student.reading(states, max(map(len, prompts)) - 1):
-            return completion_loss(self.pair.student.model, prompts, answers)
 
 
 @torch.no_grad()

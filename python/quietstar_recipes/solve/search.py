@@ -72,13 +72,17 @@ def search(
     prompts = [row.prompt_ids for row in rows]
 
     def write(begun: Sequence[Beam], seed: int, **options: Any) -> list[Beam]:
-        """The same, each a step longer."""
+        """The same, each a step longer, and whole at its end-of-text token or at ``max_new`` tokens."""
         longest = sampling.max_new - min(len(x.ids) for x in begun)
         options = {**sampling.sampling, "max_new": longest, "ends": task.step_ids, **options}
         steps = rollout(model, task, [prompts[x.owner] + x.ids for x in begun], seed=seed, **options)
+        longer = []
         for x, [step] in zip(begun, steps, strict=True):
             tokens[x.owner] += len(step.ids)
-        return [extended(task, x, step, sampling.max_new) for x, [step] in zip(begun, steps, strict=True)]
+            ids, logprob = ((old + new)[: sampling.max_new] for old, new in ((x.ids, step.ids), (x.logprob, step.logprob)))
+            whole = len(ids) == sampling.max_new or step.ids[-1] not in task.step_ids
+            longer.append(replace(x, ids=ids, logprob=logprob, whole=whole))
+        return longer
 
     for number in range(ROUNDS):
         # 1. Each candidate writes a step, and is valued there or some greedy steps ahead.
@@ -109,11 +113,3 @@ def search(
         Found([replace(x, score=beam.value) for x, beam in zip(*pair, strict=True)], spent)
         for *pair, spent in zip(samples, done, tokens, strict=True)
     ]
-
-
-def extended(task: Task, begun: Beam, step: Completion, most: int) -> Beam:
-    """The solution with one more step, whole at its end-of-text token or at ``most`` tokens."""
-    ids = (begun.ids + step.ids)[:most]
-    logprob = (begun.logprob + step.logprob)[:most]
-    whole = len(ids) == most or step.ids[-1] not in task.step_ids
-    return replace(begun, ids=ids, logprob=logprob, whole=whole)
