@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from quietstar.hf.modules import dropout_off
@@ -103,11 +104,9 @@ def batches(
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
     """Ids [R, length of the longest row], int64, and a bool mask of the same shape that is True at tokens."""
-    width = max(map(len, rows))
-    ids = [[*[fill] * (width - len(row)), *row] if left else [*row, *[fill] * (width - len(row))] for row in rows]
-    place, lengths = torch.arange(width), torch.tensor([*map(len, rows)])[:, None]
-    mask = place >= width - lengths if left else place < lengths
-    return torch.tensor(ids, dtype=torch.int64), mask
+    side, tensors = "left" if left else "right", [torch.tensor(row, dtype=torch.int64) for row in rows]
+    mask = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in tensors], True, False, side)
+    return pad_sequence(tensors, True, fill, side), mask
 
 
 def positions(mask: Tensor, prompt: int, shift: Tensor | int = 0) -> Tensor:
