@@ -131,26 +131,20 @@ def draw(model: PreTrainedModel, task: Task, config: Config, number: int) -> lis
     """The solutions of a round: of training problems, and of a tenth as many problems that the verifier is only measured on."""
     generator = torch.Generator().manual_seed(mix_seed(config.seed, 1))
     found: list[Solution] = []
-
-    def right_so_far() -> int:
-        return sum(x["right"] for x in found)
-
     for split, count in (("train", config.problems), ("valid", max(1, config.problems // 10))):
         rows = task.sample(count, split, generator)
-        for _, batch in batches_of_round(rows, config, number, right_so_far):
+        for _, batch in batches_of_round(rows, config, number, lambda: sum(x["right"] for x in found)):
             seed = mix_seed(mix_seed(config.seed, number), len(found))
             written = rollout(model, task, [row.prompt_ids for row in batch], config.samples, seed=seed, **config.sampling)
-            graded = [
-                [(task.trimmed(x.ids), task.check(row, x.ids)) for x in completions]
+            drawn: list[Solution] = [
+                {"prompt": row.prompt_ids, "ids": task.trimmed(x.ids), "right": task.check(row, x.ids), "split": split}
                 for row, completions in zip(batch, written, strict=True)
+                for x in completions
             ]
-            if number == 1 and not found and not any(right for solutions in graded for _, right in solutions):
-                raise ValueError(f"vstar: {nothing_solved(task, batch, [solutions[0][0] for solutions in graded])}")
-            found += [
-                {"prompt": row.prompt_ids, "ids": ids, "right": right, "split": split}
-                for row, solutions in zip(batch, graded, strict=True)
-                for ids, right in solutions
-            ]
+            if number == 1 and not found and not any(x["right"] for x in drawn):
+                first_of_each = [x["ids"] for x in drawn[:: config.samples]]
+                raise ValueError(f"vstar: {nothing_solved(task, batch, first_of_each)}")
+            found.extend(drawn)
     return found
 
 
