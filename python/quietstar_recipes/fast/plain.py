@@ -223,7 +223,7 @@ def next_token_logprobs(teacher: QuietStar, texts: Sequence[Example]) -> Tensor:
 
 def padded(texts: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and attention mask, int64 [B,L], and where the next token is a target, bool [B,L-1]."""
-    rows = [{"input_ids": x["input_ids"], "attention_mask": _mask(x)} for x in texts]
+    rows = [{name: x[name] for name in ("input_ids", "attention_mask") if name in x} for x in texts]
     (batch,) = collate(rows, list(range(len(rows))), 1)
     on = pad_sequence([target_mask(text) for text in texts], True, False)
     return batch["input_ids"].to(device), batch["attention_mask"].to(device), on.to(device)
@@ -232,14 +232,9 @@ def padded(texts: Sequence[Example], device: torch.device) -> tuple[Tensor, Tens
 def target_mask(text: Example) -> Tensor:
     """bool [L-1], the positions whose next token is a target, as in training with thoughts."""
     ids = text["input_ids"]
-    on = (text.get("labels", ids)[1:] != -100) & (_mask(text)[1:] != 0)
+    on = (text.get("labels", ids)[1:] != -100) & (text.get("attention_mask", torch.ones_like(ids))[1:] != 0)
     if "anchors" in text:
         thinks = torch.zeros(len(ids), dtype=torch.bool)
         thinks[text["anchors"][text["anchors"] >= 0].long()] = True
         on &= thinks[:-1]
     return on
-
-
-def _mask(text: Example) -> Tensor:
-    """The text's attention mask, int64 [L]; all ones by default."""
-    return text.get("attention_mask", torch.ones_like(text["input_ids"]))
