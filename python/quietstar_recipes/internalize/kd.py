@@ -120,14 +120,9 @@ def writing(model: PreTrainedModel, place: int, state: Callable[[int, Tensor], T
             handle.remove()
 
 
-def width(model: PreTrainedModel) -> int:
-    """D, the size of a hidden state."""
-    return model.config.get_text_config().hidden_size
-
-
 def perceptrons(model: PreTrainedModel, inputs: int) -> nn.ModuleList:
-    """One two-layer perceptron per layer, from ``inputs`` * D over 4 D to D."""
-    D, layers = width(model), len(decoder_layers(model))
+    """One two-layer perceptron per layer, from ``inputs`` * D over 4 D to D, the size of a hidden state."""
+    D, layers = model.config.get_text_config().hidden_size, len(decoder_layers(model))
     return nn.ModuleList(nn.Sequential(nn.Linear(inputs * D, 4 * D), nn.ReLU(), nn.Linear(4 * D, D)) for _ in range(layers))
 
 
@@ -154,7 +149,7 @@ class Emulator(nn.Module):
     def __init__(self, model: PreTrainedModel, components: int = 1):
         super().__init__()
         self.model, self.perceptrons = model, perceptrons(model, 2)
-        D = width(model)
+        D = model.config.get_text_config().hidden_size
         self.mixture = nn.Embedding(components, D)
         self.memory = nn.LSTMCell(D, D)
         self.query, self.key = nn.Linear(D, D), nn.Linear(D, D)

@@ -154,8 +154,9 @@ def compute_optimal(
             table.append([tested[chosen[x]][number][problem] for problem, x in enumerate(test_bins)])
         found[name] = table
         for x in sorted(set(test_bins)) if name != ONE else ():
-            accuracy = {strategy: mean_of(of_strategy[-1], test_bins, x) for strategy, of_strategy in tested.items()}
-            row = {"bins": name, "difficulty": x + 1, "problems": test_bins.count(x), "chosen": chosen[x]}
+            own = [problem for problem, other in enumerate(test_bins) if other == x]
+            accuracy = {strategy: fmean(table[-1][i].right for i in own) for strategy, table in tested.items()}
+            row = {"bins": name, "difficulty": x + 1, "problems": len(own), "chosen": chosen[x]}
             rows.append({**row, "accuracy": accuracy})
     return found, rows
 
@@ -178,8 +179,3 @@ def choose(spent: Mapping[str, Sequence[Spent]], problem_bins: Sequence[int]) ->
         means = {strategy: fmean(several[i].right for i in problems) for strategy, several in spent.items()}
         found.append(max(means, key=means.__getitem__))
     return found
-
-
-def mean_of(spent: Sequence[Spent], problem_bins: Sequence[int], x: int) -> float:
-    """The accuracy in bin ``x``."""
-    return fmean(one.right for one, problem_bin in zip(spent, problem_bins, strict=True) if problem_bin == x)

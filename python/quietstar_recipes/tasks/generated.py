@@ -55,7 +55,8 @@ class Arithmetic(Generated):
 
     @property
     def name(self) -> str:
-        return f"{self.digits}-digit {type(self).__name__.lower()}"
+        shape = f"{self.digits}" if self.other == self.digits else f"{self.digits} x {self.other}"
+        return f"{shape}-digit {type(self).__name__.lower()}"
 
     def draw(self, generator: torch.Generator) -> Problem:
         return self.problem(*(int(numbers(digits, 1, generator)) for digits in (self.digits, self.other)))
@@ -87,11 +88,6 @@ class Multiplication(Arithmetic):
     def __init__(self, digits: int, other: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None):
         super().__init__(digits, tokenizer)
         self.other = digits if other is None else self._checked(other, name="other")
-
-    @property
-    def name(self) -> str:
-        shape = f"{self.digits}" if self.other == self.digits else f"{self.digits} x {self.other}"
-        return f"{shape}-digit multiplication"
 
     def solve(self, a: int, b: int) -> tuple[str, str]:
         pieces, total = [], 0
