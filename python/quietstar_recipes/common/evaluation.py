@@ -78,10 +78,9 @@ def share_of_right_chains(task: Task, written: Sequence[tuple[Row, list[int]]]) 
 
 def nothing_solved(task: Task, rows: Sequence[Row], written: Sequence[list[int]]) -> str:
     """The message for a batch without a right answer: how many answers could be read, and an example."""
-    answers = [task.answer(row, ids) for row, ids in zip(rows, written, strict=True)]
-    found = sum(answer is not None for answer in answers)
-    example = next((i for i, answer in enumerate(answers) if answer is not None), 0)
+    read = [i for i, (row, ids) in enumerate(zip(rows, written, strict=True)) if task.answer(row, ids) is not None]
+    example = read[0] if read else 0
     return (
-        f"none of the first {len(rows)} problems is solved, so there is nothing to learn from: {found} have an answer that can "
-        f"be read; where {rows[example].problem.right!r} is right, the model wrote {task.text(written[example])[-80:]!r}"
+        f"none of the first {len(rows)} problems is solved, so there is nothing to learn from: {len(read)} have an answer that "
+        f"can be read; where {rows[example].problem.right!r} is right, the model wrote {task.text(written[example])[-80:]!r}"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -141,8 +141,7 @@ class Recorder(LogitsProcessor):
             self.chosen.append(self.before.gather(1, ids[:, -1:]))
 
 
-@contextmanager
-def shifted(model: PreTrainedModel, shift: int) -> Iterator[None]:
+def shifted(model: PreTrainedModel, shift: int) -> AbstractContextManager[Any]:
     """In this context, the positions of what ``generate`` decodes after a prompt are ``shift`` larger.
 
     The model raises ValueError where it isn't given positions and a cache, which tells a prompt from what comes after it.
@@ -154,9 +153,4 @@ def shifted(model: PreTrainedModel, shift: int) -> Iterator[None]:
             raise ValueError(f"{type(model).__name__} can't shift positions: generate gave it no position_ids, or no cache")
         return args, kwargs | ({"position_ids": kwargs["position_ids"] + shift} if cache.get_seq_length() > 0 else {})
 
-    handle = model.register_forward_pre_hook(shift_positions, with_kwargs=True) if shift else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
+    return model.register_forward_pre_hook(shift_positions, with_kwargs=True) if shift else nullcontext()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,10 @@ def writing(model: PreTrainedModel, place: int, state: Callable[[int, Tensor], T
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(before(l), with_kwargs=True) for l, layer in enumerate(decoder_layers(model))]
-    try:
+    with ExitStack() as hooks:
+        for l, layer in enumerate(decoder_layers(model)):
+            hooks.enter_context(layer.register_forward_pre_hook(before(l), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def perceptrons(model: PreTrainedModel, inputs: int) -> nn.ModuleList:
