@@ -132,7 +132,6 @@ ATTENTION_FORWARD_OPTIONS: Table = {
 # On a tree, which takes registers too.
 ATTENTION_FORWARD_TREE: Table = {
     ("sm_80", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, 3),
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, 8, 3),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1, "CAREFUL": 1}, num_warps=8),
@@ -146,7 +145,6 @@ ATTENTION_BACKWARD_SUM = Config({"BLOCK_R": 4})
 # dq: blocks as in ATTENTION_FORWARD.
 ATTENTION_BACKWARD_QUERIES: Table = {
     ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("sm_80", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=3),
     ("sm_80", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
@@ -156,7 +154,6 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_90", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3, maxnreg=128),
     ("sm_90", 2, 192): Config({"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, 8, 3),
-    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=255),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=255),
     ("sm_100", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
@@ -195,10 +192,8 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("sm_100", 2, 64): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("gfx942", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
@@ -207,20 +202,16 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
 }
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
-    ("sm_80", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
     ("sm_80", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
     ("sm_80", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_80", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("sm_90", 2, 64): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_stages=3),
     ("sm_90", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}, num_stages=3),
     ("sm_90", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
-    ("gfx942", 2, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
-    ("gfx942", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
@@ -275,7 +266,6 @@ THOUGHT_DECODE: Table = {
     ("sm_90", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, maxnreg=255),
     ("sm_90", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
-    ("sm_100", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=255),
     ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
