@@ -20,6 +20,7 @@ from quietstar.run.processes import Interrupted, Signals
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.logprobs import cuda_devices, logprob
 from quietstar_recipes.common.saving import Progress
+from quietstar_recipes.tasks import Row, Task
 
 Example = tuple[list[int], list[int]]  # ids of a prompt and of its completion
 Figures = dict[str, Any]
@@ -118,6 +119,14 @@ def completion_loss(model: PreTrainedModel, prompts: Sequence[list[int]], comple
     """Mean loss of the completions' tokens, nats."""
     values, mask = logprob(model, prompts, completions)
     return -values.sum() / mask.sum()
+
+
+def rows_with_chains(task: Task, count: int, generator: torch.Generator, recipe: str) -> list[Row]:
+    """Training problems for a supervised start on the data's own chains. Raises ValueError if none has a chain."""
+    rows = task.sample_with_chain(count, generator)
+    if not rows:
+        raise ValueError(f"{recipe}: sft_steps needs problems with chains, but the data have none")
+    return rows
 
 
 def sft(

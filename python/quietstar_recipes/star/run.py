@@ -23,11 +23,11 @@ from quietstar.run.lock import alone_in_out
 from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_positive, check_types
 from quietstar_recipes.common.evaluation import measure, nothing_solved, share_of_right_chains
+from quietstar_recipes.common.log import batches_of_round
 from quietstar_recipes.common.logprobs import likelihoods
-from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
 from quietstar_recipes.common.sampling import Sampling, rollout
 from quietstar_recipes.common.saving import Rounds, hashes, load_model
-from quietstar_recipes.common.training import Example, SFTConfig, sft
+from quietstar_recipes.common.training import Example, SFTConfig, rows_with_chains, sft
 from quietstar_recipes.tasks import Row, Task
 
 LIKELY = -0.5  # mean log-probability of a chain's tokens without the hint, from which on it counts as likely

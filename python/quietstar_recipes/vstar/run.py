@@ -25,12 +25,12 @@ from quietstar.run.resume import Settings
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, saving, selectors
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
-from quietstar_recipes.common.rounds import batches_of_round, rows_with_chains
+from quietstar_recipes.common.log import batches_of_round
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.saving import Rounds, fingerprint, hashes, load_model
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
-from quietstar_recipes.common.training import Example, SFTConfig, sft
+from quietstar_recipes.common.training import Example, SFTConfig, rows_with_chains, sft
 from quietstar_recipes.tasks import Row, Task
 from quietstar_recipes.vstar.verifier import DPO, Solution, make_pairs, measure_pairs, train_verifier
 
