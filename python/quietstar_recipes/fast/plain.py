@@ -223,7 +223,7 @@ def next_token_logprobs(teacher: QuietStar, texts: Sequence[Example]) -> Tensor:
 
 def padded(texts: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and attention mask, int64 [B,L], and where the next token is a target, bool [B,L-1]."""
-    rows = [{name: x[name] for name in ("input_ids", "attention_mask") if name in x} for x in texts]
+    rows: list[Example] = [{name: x[name] for name in ("input_ids", "attention_mask") if name in x} for x in texts]
     (batch,) = collate(rows, list(range(len(rows))), 1)
     on = pad_sequence([target_mask(text) for text in texts], True, False)
     return batch["input_ids"].to(device), batch["attention_mask"].to(device), on.to(device)

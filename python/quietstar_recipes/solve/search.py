@@ -79,9 +79,9 @@ def search(
         longer = []
         for x, [step] in zip(begun, steps, strict=True):
             tokens[x.owner] += len(step.ids)
-            ids, logprob = ((old + new)[: sampling.max_new] for old, new in ((x.ids, step.ids), (x.logprob, step.logprob)))
+            ids = (x.ids + step.ids)[: sampling.max_new]
             whole = len(ids) == sampling.max_new or step.ids[-1] not in task.step_ids
-            longer.append(replace(x, ids=ids, logprob=logprob, whole=whole))
+            longer.append(replace(x, ids=ids, logprob=(x.logprob + step.logprob)[: sampling.max_new], whole=whole))
         return longer
 
     for number in range(ROUNDS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -159,14 +160,9 @@ class Scratchpad(Generated):
             carry, digit = divmod(int(x) + int(y) + carry, 10)
             steps.append(f"{x} {y} {digit} {carry}")
         asked, answer = f"{spaced_digits(a)} + {spaced_digits(b)}", spaced_digits(a + b)
-        return Problem(
-            f"{asked} {CHAIN_MARK}",
-            f"{TARGET} {answer} {CHAIN_MARK} {asked} {CHAIN_MARK}",
-            f" {' '.join(steps)}",
-            f" {answer}",
-            str(a + b),
-            kind="1 digit" if len(str(a)) == 1 else f"{len(str(a))} digits",
-        )
+        hinted = f"{TARGET} {answer} {CHAIN_MARK} {asked} {CHAIN_MARK}"
+        kind = "1 digit" if len(str(a)) == 1 else f"{len(str(a))} digits"
+        return replace(written(asked, " ".join(steps), answer), hinted=hinted, kind=kind)
 
 
 class DigitSums(Generated):
