@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,12 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from quietstar.hf.modules import dropout_off
-from quietstar_recipes.common.branches import may_share, shared_states
+from quietstar_recipes.common.branches import Ids, may_share, shared_states
 
 
-def logprob(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], shift: Tensor | int = 0
-) -> tuple[Tensor, Tensor]:
+def logprob(model: PreTrainedModel, prompts: Ids, completions: Ids, shift: Tensor | int = 0) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the completions' tokens in one forward pass, with a gradient.
 
     What rows begin with is read once where that is faster.
@@ -38,9 +36,7 @@ def logprob(
     return chosen.where(mask, 0), mask
 
 
-def completion_logits(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def completion_logits(model: PreTrainedModel, prompts: Ids, completions: Ids) -> tuple[Tensor, Tensor, Tensor]:
     """Logits after the prompts and after each token of the completions, in one forward pass, with a gradient.
 
     What rows begin with is read once where that is faster.
@@ -57,9 +53,7 @@ def completion_logits(
     return head.logits(states[distinct])[of_place], after, mask
 
 
-def side_by_side(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def side_by_side(model: PreTrainedModel, prompts: Ids, completions: Ids) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prompts and completions [R,L] and their mask, and those of the completions alone [R,T], on the model's device."""
     before, before_mask = padded(prompts, left=True)
     after, mask = padded(completions)
@@ -78,9 +72,7 @@ def logits_after(model: PreTrainedModel, ids: Tensor, attended: Tensor, T: int, 
 
 
 @torch.no_grad()
-def likelihoods(
-    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int = 256
-) -> list[float]:
+def likelihoods(model: PreTrainedModel, prompts: Ids, completions: Ids, batch_size: int = 256) -> list[float]:
     """The log-probability of each completion, summed over its tokens."""
     found = [0.0] * len(prompts)
     with dropout_off(model):
@@ -91,18 +83,16 @@ def likelihoods(
     return found
 
 
-def batches(
-    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int
-) -> Iterator[list[int]]:
+def batches(model: PreTrainedModel, prompts: Ids, completions: Ids, batch_size: int) -> Iterator[list[int]]:
     """The rows' numbers: rows that begin alike together if that is read once; else long ones first, which pads little."""
-    rows = [prompt + ids for prompt, ids in zip(prompts, completions, strict=True)]
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
     alike = may_share(model, prompts, completions)
     order = sorted(range(len(rows)), key=rows.__getitem__ if alike else lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
-def padded(rows: Sequence[Sequence[int]], left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
+def padded(rows: Ids, left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
     """Ids [R, length of the longest row], int64, and a bool mask of the same shape that is True at tokens."""
     side, tensors = "left" if left else "right", [torch.tensor(row, dtype=torch.int64) for row in rows]
     mask = pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in tensors], True, False, side)

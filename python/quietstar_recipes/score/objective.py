@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from quietstar.config import option
 from quietstar_kernels.checks import check_at_least, check_types
-from quietstar_recipes.common.logprobs import completion_logits, likelihoods, logprob, may_share
+from quietstar_recipes.common.branches import Ids, may_share
+from quietstar_recipes.common.logprobs import completion_logits, likelihoods, logprob
 from quietstar_recipes.score.attempts import Attempts
 
-Turn = tuple[list[list[int]], list[list[int]]]  # the ids before some completions, and theirs
+Turn = tuple[Ids, Ids]  # the ids before some completions, and theirs
 
 
 @dataclass
@@ -74,9 +75,7 @@ def flat(turns: Iterable[Turn]) -> Turn:
     return prompts, completions
 
 
-def by_turn(
-    model: PreTrainedModel, turns: Sequence[Turn], score: Callable[[list[list[int]], list[list[int]]], Tensor]
-) -> list[Tensor]:
+def by_turn(model: PreTrainedModel, turns: Sequence[Turn], score: Callable[[Ids, Ids], Tensor]) -> list[Tensor]:
     """A score [R] of each turn's completions, in one pass where that reads once what a second attempt has of the first."""
     prompts, completions = flat(turns)
     if not may_share(model, prompts, completions):
@@ -91,9 +90,7 @@ def advantages(returns: Tensor, samples: int) -> Tensor:
     return ((groups - groups.mean(2, keepdim=True)) * n / (n - 1)).flatten(1)
 
 
-def divergence(
-    model: PreTrainedModel, base: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> Tensor:
+def divergence(model: PreTrainedModel, base: PreTrainedModel, prompts: Ids, completions: Ids) -> Tensor:
     """The divergence [R] of the model from the base, summed over the tokens of each completion.
 
     It is that of the whole distribution at each token, sum over v of p(v) (log p(v) - log q(v)).

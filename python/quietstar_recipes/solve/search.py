@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.branches import Ids
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.common.selectors import Sample
 from quietstar_recipes.common.solutions import to_samples
@@ -17,7 +18,7 @@ from quietstar_recipes.tasks import Row, Task
 
 ROUNDS = 40  # steps of a solution at most, as in the paper
 # From prompts and solutions that have begun to the log-probability that each ends right.
-Value = Callable[[Sequence[list[int]], Sequence[list[int]]], list[float]]
+Value = Callable[[Ids, Ids], list[float]]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import mix_seed
+from quietstar_recipes.common.branches import Ids
 from quietstar_recipes.common.logprobs import batches, completion_logits
 from quietstar_recipes.common.sampling import Sampling, rollout
 from quietstar_recipes.common.solutions import Scorer
@@ -130,7 +131,7 @@ def held_out_loss(verifier: PreTrainedModel, task: Task, solutions: Sequence[Val
         return float(torch.cat([cross_entropy(verifier, task, batch) for batch in parts]).mean())
 
 
-def value_logits(verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> Tensor:
+def value_logits(verifier: PreTrainedModel, task: Task, prompts: Ids, solutions: Ids) -> Tensor:
     """The log-odds of a right end [R,T+1], after each number of a solution's tokens."""
     logits, ids, mask = completion_logits(verifier, prompts, solutions)
     tokens = logits[:, :-1].log_softmax(-1).gather(2, ids[..., None])[..., 0].where(mask, 0)
@@ -140,9 +141,7 @@ def value_logits(verifier: PreTrainedModel, task: Task, prompts: Sequence[list[i
 
 
 @torch.no_grad()
-def values(
-    verifier: PreTrainedModel, task: Task, prompts: Sequence[list[int]], begun: Sequence[list[int]], batch_size: int = 256
-) -> list[float]:
+def values(verifier: PreTrainedModel, task: Task, prompts: Ids, begun: Ids, batch_size: int = 256) -> list[float]:
     """The log-probability that each solution, whole or only begun, ends right."""
     found = [0.0] * len(begun)
     with dropout_off(verifier):
