@@ -52,6 +52,9 @@ class Completion:
     logprob: list[float]  # of each id under the model itself, not at the sampling temperature
 
 
+Solutions = Sequence[Sequence[Completion]]  # of each problem
+
+
 @torch.no_grad()
 def rollout(
     model: PreTrainedModel,

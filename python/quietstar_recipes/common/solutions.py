@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel
 
 from quietstar_recipes.common.logprobs import likelihoods
-from quietstar_recipes.common.sampling import Completion
+from quietstar_recipes.common.sampling import Solutions
 from quietstar_recipes.common.selectors import Sample
 from quietstar_recipes.tasks import Row, Task
 
@@ -15,9 +15,7 @@ VISIBLE_ATTEMPTS = 4  # earlier attempts that a revision sees at most, as in arX
 Scorer = Callable[[Sequence[Row], Sequence[list[int]]], list[float]]  # from rows and their solutions to a verifier's scores
 
 
-def to_samples(
-    task: Task, rows: Sequence[Row], written: Sequence[Sequence[Completion]], scorer: Scorer | None = None
-) -> list[list[Sample]]:
+def to_samples(task: Task, rows: Sequence[Row], written: Solutions, scorer: Scorer | None = None) -> list[list[Sample]]:
     """What the selectors need to know about each solution."""
     flat = [(row, x) for row, solutions in zip(rows, written, strict=True) for x in solutions]
     scores: Sequence[float | None] = [None] * len(flat)

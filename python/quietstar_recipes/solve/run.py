@@ -21,7 +21,7 @@ from quietstar.run.batches import mix_seed
 from quietstar.run.lock import alone_in_out
 from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, selectors
-from quietstar_recipes.common.sampling import Completion, Sampling, rollout
+from quietstar_recipes.common.sampling import Completion, Sampling, Solutions, rollout
 from quietstar_recipes.common.saving import save_model, write_json, write_lines
 from quietstar_recipes.common.selectors import Sample, Selector, best, majority, powers_of_two, weighted
 from quietstar_recipes.common.solutions import Scorer, to_samples
@@ -227,7 +227,7 @@ def searched(
     process: PreTrainedModel,
     task: Task,
     rows: Sequence[Row],
-    written: Sequence[Sequence[Completion]],
+    written: Solutions,
     config: Config,
     budgets: Sequence[float],
 ) -> dict[str, Table]:
@@ -272,9 +272,7 @@ class Methods:
         """The scorer of solutions or, without one, the process verifier's."""
         return self.scorer or (value_scorer(self.process, self.task, config.batch_size) if self.process else None)
 
-    def spend(
-        self, rows: Sequence[Row], written: Sequence[Sequence[Completion]], config: Config, budgets: Sequence[float]
-    ) -> tuple[Tables, Chains]:
+    def spend(self, rows: Sequence[Row], written: Solutions, config: Config, budgets: Sequence[float]) -> tuple[Tables, Chains]:
         """Solve these rows in all ways; returns what each budget buys, and the chains.
 
         Args:

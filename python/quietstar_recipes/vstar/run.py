@@ -26,7 +26,7 @@ from quietstar_kernels.checks import check, check_at_least, check_types
 from quietstar_recipes.common import plots, saving, selectors
 from quietstar_recipes.common.evaluation import evaluate, measure, nothing_solved
 from quietstar_recipes.common.log import batches_of_round
-from quietstar_recipes.common.sampling import Completion, Sampling, rollout
+from quietstar_recipes.common.sampling import Completion, Sampling, Solutions, rollout
 from quietstar_recipes.common.saving import Rounds, fingerprint, hashes, load_model
 from quietstar_recipes.common.selectors import Selector, powers_of_two, score
 from quietstar_recipes.common.solutions import likelihood_scorer, to_samples
@@ -185,7 +185,7 @@ def write(generator: PreTrainedModel, task: Task, test: Sequence[Row], config: C
 
 
 def compare(
-    written: Sequence[Sequence[Completion]],
+    written: Solutions,
     verifier: PreTrainedModel,
     reference: PreTrainedModel,
     task: Task,
