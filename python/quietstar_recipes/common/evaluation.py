@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from quietstar.evaluation.intervals import wilson
+from quietstar_recipes.common.branches import Ids
 from quietstar_recipes.common.sampling import Completion, Sampling, rollout
 from quietstar_recipes.tasks import Row, Task
 
@@ -19,7 +20,7 @@ def evaluate(
     task: Task,
     rows: Sequence[Row],
     max_new: int = 64,
-    prompts: Sequence[list[int]] | None = None,
+    prompts: Ids | None = None,
     batch_size: int = 256,
 ) -> dict[str, Any]:
     """Grade greedy answers to the rows' prompts, or to ``prompts``, ``batch_size`` of them at once.

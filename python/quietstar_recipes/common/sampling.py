@@ -17,7 +17,7 @@ from quietstar.hf.modules import dropout_off
 from quietstar.run.batches import mix_seed
 from quietstar.run.metrics import Pace
 from quietstar_kernels.checks import check, check_at_least
-from quietstar_recipes.common.branches import sharing_prompts
+from quietstar_recipes.common.branches import Ids, sharing_prompts
 from quietstar_recipes.common.log import LOG
 from quietstar_recipes.common.logprobs import check_length, cuda_devices, padded, positions
 from quietstar_recipes.tasks import Task
@@ -59,7 +59,7 @@ Solutions = Sequence[Sequence[Completion]]  # of each problem
 def rollout(
     model: PreTrainedModel,
     task: Task,
-    prompts: Sequence[list[int]],
+    prompts: Ids,
     k: int = 1,
     *,
     temperature: float = 1.0,

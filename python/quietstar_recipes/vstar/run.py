@@ -185,12 +185,7 @@ def write(generator: PreTrainedModel, task: Task, test: Sequence[Row], config: C
 
 
 def compare(
-    written: Solutions,
-    verifier: PreTrainedModel,
-    reference: PreTrainedModel,
-    task: Task,
-    test: Sequence[Row],
-    config: Config,
+    written: Solutions, verifier: PreTrainedModel, reference: PreTrainedModel, task: Task, test: Sequence[Row], config: Config
 ) -> dict[str, Any]:
     """Accuracy over k of the verifier's choice, of votes and of the generator's own choice; and the verifier's AUC.
 
