@@ -105,7 +105,7 @@ def summary(spent: Sequence[Spent]) -> dict[str, Any]:
     return {"accuracy": accuracy, "low": low, "high": high, "tokens": fmean(x.tokens for x in spent)}
 
 
-BINS = 5  # of difficulty, with equally many validation problems in each
+BINS = 5  # of difficulty, with equally many validation problems in each unless some are equally difficult
 ONE, PREDICTED, MEASURED = "one for all", "compute-optimal", "compute-optimal, oracle bins"
 Samples = Sequence[Sequence[Sample]]  # of each problem, only to measure its difficulty: spent ones would know how they end
 
@@ -147,7 +147,9 @@ def compute_optimal(
     found: dict[str, Table] = {}
     rows = []
     for name, difficulty in DIFFICULTIES.items():
-        valid_bins, test_bins = binned(valid, test, difficulty)
+        values = [difficulty(samples) for samples in valid]
+        edges = quantiles(values, n=BINS, method="inclusive")  # bins from 0, the easiest
+        valid_bins, test_bins = [bisect(edges, x) for x in values], [bisect(edges, difficulty(samples)) for samples in test]
         table, chosen = [], []
         for number in range(len(next(iter(tried.values())))):
             chosen = choose({strategy: x[number] for strategy, x in tried.items()}, valid_bins)
@@ -159,16 +161,6 @@ def compute_optimal(
             row = {"bins": name, "difficulty": x + 1, "problems": len(own), "chosen": chosen[x]}
             rows.append({**row, "accuracy": accuracy})
     return found, rows
-
-
-def binned(valid: Samples, test: Samples, difficulty: Callable[[Sequence[Sample]], float]) -> tuple[list[int], list[int]]:
-    """Bins of the validation and of the test problems; 0 is the easiest.
-
-    Without ties, all bins have equally many validation problems.
-    """
-    values, others = ([difficulty(samples) for samples in several] for several in (valid, test))
-    edges = quantiles(values, n=BINS, method="inclusive")
-    return [bisect(edges, x) for x in values], [bisect(edges, x) for x in others]
 
 
 def choose(spent: Mapping[str, Sequence[Spent]], problem_bins: Sequence[int]) -> list[str]:
