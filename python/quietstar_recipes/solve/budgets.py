@@ -157,7 +157,7 @@ def compute_optimal(
         found[name] = table
         for x in sorted(set(test_bins)) if name != ONE else ():
             own = [problem for problem, other in enumerate(test_bins) if other == x]
-            accuracy = {strategy: fmean(table[-1][i].right for i in own) for strategy, table in tested.items()}
+            accuracy = {strategy: fmean(reached[-1][i].right for i in own) for strategy, reached in tested.items()}
             row = {"bins": name, "difficulty": x + 1, "problems": len(own), "chosen": chosen[x]}
             rows.append({**row, "accuracy": accuracy})
     return found, rows
