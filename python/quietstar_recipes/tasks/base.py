@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +80,7 @@ class Task(ABC):
     stop: Sequence[str] = ()  # strings that end an answer, besides the end-of-text token
     step_marks: Sequence[str] = (MARK,)  # a token that contains one of these ends a step of a solution
     between = f" {MARK}"  # between chain and answer
+    files: Sequence[str] = ()  # where problems are read from; none where they are generated
     again = f" {AGAIN} {CHAIN_MARK}"  # follows a solution and asks for another, without saying whether it was right
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -92,11 +92,6 @@ class Task(ABC):
         self.separator_ids: list[int] = self._encode([self.between])[0]
         self.again_ids: list[int] = self._encode([self.again])[0]
         self._said: set[tuple[str, int]] = set()  # what a line in the log has said already
-
-    @property
-    def files(self) -> list[Path]:
-        """Where problems are read from; none where they are generated."""
-        return []
 
     @property
     def name(self) -> str:

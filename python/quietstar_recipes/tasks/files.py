@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,10 +41,6 @@ class QuestionFile(Task):
         super().__init__(tokenizer)
 
     @property
-    def files(self) -> list[Path]:
-        return [self.path / f"{name}.jsonl" for name in ("train", "test")] if self.path.is_dir() else [self.path]
-
-    @property
     def name(self) -> str:
         return f"{type(self).__name__} {self.path}"
 
@@ -64,8 +61,9 @@ class QuestionFile(Task):
         return next((path for path in paths if path.exists()), self.path / f"{name}.jsonl")
 
     def _read(self, path: Path) -> list[tuple[str, Problem]]:
-        rows = []
-        for where, row in (row for name in sources(str(path)) for row in rows_of(name, "train")):
+        rows, names = [], sources(str(path))
+        self.files = [*self.files, *filter(os.path.exists, names)]
+        for where, row in (row for name in names for row in rows_of(name, "train")):
             asked = question_and_answer(row, where)
             problem = self.problem(asked, question_of(asked, where))
             rows.append((split_of(problem.prompt), problem))

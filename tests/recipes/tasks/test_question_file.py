@@ -60,7 +60,10 @@ def test_the_test_split_of_a_folder_is_its_test_file(tmp_path, byte_tokenizer):
     assert [row.problem.right for row in test] == ["2"] and test[0].cot_ids == []
     assert len(task.sample(100, "train", seeded())) + len(task.sample(100, "valid", seeded())) == 60
     (tmp_path / "test.jsonl").rename(tmp_path / "test.json")
-    assert [row.problem.right for row in GSM8K(tmp_path, byte_tokenizer).sample(100, "test", seeded())] == ["2"]
+    task = GSM8K(tmp_path, byte_tokenizer)
+    assert [row.problem.right for row in task.sample(100, "test", seeded())] == ["2"]
+    assert task.files == [str(tmp_path / name) for name in ("train.jsonl", "test.json")]
+    assert GSM8K(tmp_path / "*.json*", byte_tokenizer).files == sorted(task.files)
     (tmp_path / "test.json").unlink()
     with pytest.raises(ValueError, match=r"test\.jsonl: No such file"):
         GSM8K(tmp_path, byte_tokenizer)
