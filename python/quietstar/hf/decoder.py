@@ -138,36 +138,27 @@ def as_state(rows: int, K: int, E: int) -> bool:
     return rows > 1 and rows * (K + E) > K * E
 
 
-def recur_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, text: DeltaRows, states: Tensor, own: Own,
-    layout: ThoughtLayout, step: Tensor, row: int,
-) -> Tensor:  # fmt: skip
-    """Row ``row`` of all branches, also as a tensor ``step``, which leaves its own in ``own``."""
-    rows = own if isinstance(own, Tensor) else DeltaRows(*own)
-    out, w = thought_delta_decode(q, k, v, g, beta, text, states, rows, layout, step)
-    if not isinstance(own, Tensor):
-        write_row(own, row, k, w, g)
-    return out
-
-
-def write_row(own: Own, row: int, *new: Tensor) -> None:
-    """Write what row ``row`` of all branches leaves, [B,X,C,...]."""
-    for rows, x in zip(own, new, strict=True):
-        rows.select(3, row).copy_(x)  # an assignment would make torch.compile build a graph for each step
-
-
 @dataclass
-class _Entry:
-    """What rows left at one call: of the text [B,X,L,...] and of thoughts; the states of a recurrence at chunk starts."""
+class Entry:
+    """What rows left at one call: of the text [B,X,L,...] and of branches; the states of a recurrence at chunk starts."""
 
     text: Any
     width: int | None  # of a convolution
     states: Any
     own: Own = ()
 
-    def begin(self, layout: ThoughtLayout) -> None:
-        """Start the thoughts of a layout."""
-        self.own = own_room(layout, layout.S, self.text, self.width, self.states)
+    def begin(self, layout: ThoughtLayout, rows: int) -> None:
+        """Start the branches of a layout, with room for S rows of each, or with what the text's rows before them left.
+
+        ``rows``: how many they may come to have.
+        """
+        if self.width is not None:
+            self.own = conv_tails(self.text[0][:, 0], layout, self.width)[:, None]
+        elif self.states is not None and as_state(rows, *self.states.shape[-2:]):
+            self.own = anchor_states(DeltaRows(*self.text), self.states, layout)
+        else:
+            make = Tensor.new_empty if self.states is None else Tensor.new_zeros  # a recurrence multiplies later rows with zero
+            self.own = tuple(make(x, (*x.shape[:2], layout.P * layout.N, layout.S, *x.shape[3:])) for x in self.text)
 
 
 class ThoughtStore:
@@ -182,7 +173,7 @@ class ThoughtStore:
     def __init__(self, layout: ThoughtLayout, capacity: int | None = None):
         self.capacity = capacity
         self.text_layout = layout.text_only()
-        self.entries: list[_Entry] = []
+        self.entries: list[Entry] = []
         self._set(layout if capacity is None else replace(layout, lo=_extended(layout.lo, capacity)))
 
     def restart(self, layout: ThoughtLayout) -> None:
@@ -196,13 +187,14 @@ class ThoughtStore:
         self._set(replace(self.layout.text_only(), lo=_extended(self.layout.lo, capacity)))
         for entry in self.entries:
             entry.text = tuple(_padded(x, capacity) for x in entry.text)
-            entry.states = states_of(entry.text, self.layout.lo)
+            if entry.states is not None:
+                entry.states = text_states(DeltaRows(*entry.text), self.layout.lo)
 
     def begin(self, layout: ThoughtLayout) -> None:
         """Start new thoughts over the same text; earlier thoughts are discarded."""
         self._set(layout)
         for entry in self.entries:
-            entry.begin(layout)
+            entry.begin(layout, layout.S)
 
     def begin_at(self, anchor: Tensor, length: Tensor, rows: int) -> None:
         """Start new thoughts at one text position, ``anchor`` [1], with ``length`` [B,1,N] rows each, at most ``rows``."""
@@ -221,8 +213,9 @@ class ThoughtStore:
         """Store what the text's rows [B,X,L,...] left at a call; ``width`` of a convolution."""
         if call == len(self.entries):
             rows = tuple(x if self.capacity is None else _padded(x, self.capacity) for x in rows)
-            self.entries.append(_Entry(rows, width, states_of(rows, self.layout.lo)))
-            self.entries[call].begin(self.layout)
+            states = text_states(DeltaRows(*rows), self.layout.lo) if len(rows) == len(DeltaRows._fields) else None
+            self.entries.append(Entry(rows, width, states))
+            self.entries[call].begin(self.layout, self.layout.S)
             return
         entry = self.entries[call]  # graphs read the tensors where they are
         for text, x in zip(entry.text, rows, strict=True):
@@ -233,24 +226,6 @@ class ThoughtStore:
     def _set(self, layout: ThoughtLayout) -> None:
         self.layout = layout
         self.positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
-
-
-def states_of(text: tuple[Tensor, ...], lo: Tensor) -> Tensor | None:
-    """``text_states`` of what the text's rows left at a recurrence; None at other calls."""
-    return text_states(DeltaRows(*text), lo) if len(text) == len(DeltaRows._fields) else None
-
-
-def own_room(layout: ThoughtLayout, rows: int, text: tuple[Tensor, ...], width: int | None, states: Tensor | None) -> Own:
-    """What branches begin with: room for S rows of each, or what the text's rows before them left.
-
-    ``rows``: how many they may come to have.
-    """
-    if width is not None:
-        return conv_tails(text[0][:, 0], layout, width)[:, None]
-    if states is not None and as_state(rows, *states.shape[-2:]):
-        return anchor_states(DeltaRows(*text), states, layout)
-    make = Tensor.new_empty if states is None else Tensor.new_zeros  # a recurrence multiplies later rows with zero
-    return tuple(make(x, (*x.shape[:2], layout.P * layout.N, layout.S, *x.shape[3:])) for x in text)
 
 
 def _extended(lo: Tensor, capacity: int) -> Tensor:
@@ -277,30 +252,38 @@ class TextPass(PackedPass):
 
 
 class StepPass(ThoughtPass):
-    """Row ``step`` of all thoughts: reads what the text and its thought left, and leaves its own there."""
+    """Row ``step`` of all branches: reads what the text and its branch left, and leaves its own there."""
 
-    def __init__(self, store: ThoughtStore, step: int):
-        super().__init__(store.layout.L + store.layout.S, store.entries)
-        self.store, self.step = store, step
-        self.now = torch.full((), step, dtype=torch.int32, device=store.layout.device)  # once, for all calls
+    def __init__(self, entries: list[Entry], layout: ThoughtLayout, step: int):
+        super().__init__(layout.L + layout.S, entries)
+        self.entries, self.layout, self.step = entries, layout, step
+        self.now = torch.full((), step, dtype=torch.int32, device=layout.device)  # once, for all calls
 
-    def _entry(self) -> _Entry:
+    def _entry(self) -> Entry:
         self.calls += 1
-        return self.store.entries[self.calls - 1]
+        return self.entries[self.calls - 1]
+
+    def _write(self, own: Own, *new: Tensor) -> None:
+        for rows, x in zip(own, new, strict=True):
+            rows.select(3, self.step).copy_(x)  # an assignment would make torch.compile build a graph for each step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         entry = self._entry()
-        write_row(entry.own, self.step, k, v)
+        self._write(entry.own, k, v)
         (k_text, v_text), (k_own, v_own) = entry.text, entry.own
-        return thought_decode(q, k_text, v_text, k_own, v_own, self.store.layout, self.now, **options)
+        return thought_decode(q, k_text, v_text, k_own, v_own, self.layout, self.now, **options)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return thought_conv_decode(x, self._entry().own[:, 0], weight, bias)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
         entry = self._entry()
-        text = DeltaRows(*entry.text)
-        return recur_step(q, k, v, g, beta, text, entry.states, entry.own, self.store.layout, self.now, self.step)
+        text, as_rows = DeltaRows(*entry.text), not isinstance(entry.own, Tensor)
+        own = DeltaRows(*entry.own) if as_rows else entry.own
+        out, w = thought_delta_decode(q, k, v, g, beta, text, entry.states, own, self.layout, self.now)
+        if as_rows:
+            self._write(own, k, w, g)
+        return out
 
 
 class _OwnRow(ThoughtPass):
@@ -339,4 +322,4 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
 
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
     """Row ``step`` of every thought in the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
-    return decode_rows(model, embeds, store.positions[:, :, step], StepPass(store, step))
+    return decode_rows(model, embeds, store.positions[:, :, step], StepPass(store.entries, store.layout, step))

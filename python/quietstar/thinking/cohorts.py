@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.hf.decoder import LeafPass, Own, ThoughtPass, decode_rows, own_room, recur_step, states_of, write_row
+from quietstar.hf.decoder import StepPass, TextPass, ThoughtPass, ThoughtStore, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
 from quietstar.thinking.rollout import Thoughts, on_device
 from quietstar.thinking.text_thoughts import Marks
-from quietstar_kernels import DeltaRows, ThoughtLayout, thought_conv_decode, thought_decode
+from quietstar_kernels import ThoughtLayout
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
 NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
@@ -37,32 +37,31 @@ class Cohort:
         token: int64 [B,C], the last token, which is the next input.
         recent: int64 [B,C,E], the last sampled tokens.
         row: how many rows have been run.
+        entries: what its rows left at each call, with what the text's did in ``store``.
     """
 
-    def __init__(self, place: Tensor, anchor: Tensor, lo: Tensor, marks: Marks, most: int):
+    def __init__(self, place: Tensor, anchor: Tensor, store: ThoughtStore, marks: Marks, most: int):
         self.place, self.anchor, self.marks = place, anchor, marks
         self.token = torch.full_like(place, marks.start[0])
         self.recent = torch.full((*place.shape, len(marks.end)), -1, dtype=torch.int64, device=place.device)
-        self.row, self._lo, self._most, self._rows = 0, lo, most, min(FIRST_ROWS, most)
-        self._own: list[Own] = []  # of each call
+        self.row, self._lo, self._most, self._rows = 0, store.layout.lo, most, min(FIRST_ROWS, most)
         self._lay_out()
+        self.entries = [replace(entry) for entry in store.entries]
+        for entry in self.entries:
+            entry.begin(self.layout, most)
 
     def _lay_out(self) -> None:
         length = torch.where(self.anchor >= 0, self._most, 0).int().clamp(max=self._rows)
         self.layout = ThoughtLayout(self.anchor, self._lo, length[..., None], self._rows)
-
-    def own(self, call: int, text: tuple[Tensor, ...], width: int | None = None, states: Tensor | None = None) -> Own:
-        """What its rows left at a call; ``text`` is what the text's did."""
-        if call == len(self._own):
-            self._own.append(own_room(self.layout, self._most, text, width, states))
-        return self._own[call]
 
     def advance(self) -> None:
         """Count a row; make room for the next."""
         self.row += 1
         if self.row == self._rows < self._most:
             self._rows = min(2 * self._rows, self._most)
-            self._own = [own if isinstance(own, Tensor) else tuple(map(self._longer, own)) for own in self._own]
+            for entry in self.entries:
+                if not isinstance(entry.own, Tensor):
+                    entry.own = tuple(map(self._longer, entry.own))
             self._lay_out()
 
     def _longer(self, x: Tensor) -> Tensor:
@@ -83,50 +82,33 @@ class Cohort:
         def of(x: Tensor) -> Tensor:
             return torch.stack([x[b].index_select(1, order[b]) for b in range(len(x))])
 
-        self._own = [of(own) if isinstance(own, Tensor) else tuple(map(of, own)) for own in self._own]
+        for entry in self.entries:
+            entry.own = of(entry.own) if isinstance(entry.own, Tensor) else tuple(map(of, entry.own))
         self._lay_out()
-
-
-# For each call what the text's rows left, and the states of a recurrence.
-TextCalls = list[tuple[tuple[Tensor, ...], Any]]
 
 
 class CohortsPass(ThoughtPass):
     """The next row of all cohorts, side by side."""
 
-    def __init__(self, text: TextCalls, cohorts: list[Cohort], positions: int):
-        super().__init__(positions, text)
-        self.text, self.cohorts = text, cohorts
+    def __init__(self, store: ThoughtStore, cohorts: list[Cohort], positions: int):
+        super().__init__(positions, store.entries)
+        self.steps = [StepPass(cohort.entries, cohort.layout, cohort.row) for cohort in cohorts]
 
     def _parts(self, dim: int, *tensors: Tensor | None) -> Iterator[Any]:
-        """Each cohort with its part of the tensors."""
-        widths = [cohort.place.shape[1] for cohort in self.cohorts]
-        parts = ([None] * len(widths) if x is None else x.split(widths, dim) for x in tensors)
-        yield from zip(self.cohorts, *parts, strict=True)
+        """The step of each cohort with its part of the tensors."""
         self.calls += 1
+        widths = [step.layout.P for step in self.steps]
+        parts = ([None] * len(widths) if x is None else x.split(widths, dim) for x in tensors)
+        return zip(self.steps, *parts, strict=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        out, (text, _) = [], self.text[self.calls]
-        for cohort, q_c, k_c, v_c in self._parts(2, q, k, v):
-            own = cohort.own(self.calls, text)
-            write_row(own, cohort.row, k_c, v_c)
-            (k_text, v_text), (k_own, v_own) = text, own
-            out.append(thought_decode(q_c, k_text, v_text, k_own, v_own, cohort.layout, cohort.row, **options))
-        return torch.cat(out, 2)
+        return torch.cat([step.attend(*own, **options) for step, *own in self._parts(2, q, k, v)], 2)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        (text, _), width = self.text[self.calls], weight.shape[1]
-        parts = self._parts(1, x)
-        return torch.cat([thought_conv_decode(x_c, c.own(self.calls, text, width)[:, 0], weight, bias) for c, x_c in parts], 1)
+        return torch.cat([step.convolve(own, weight, bias) for step, own in self._parts(1, x)], 1)
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
-        out, (text, states) = [], self.text[self.calls]
-        for cohort, q_c, k_c, v_c, g_c, beta_c in self._parts(2, q, k, v, g, beta):
-            own = cohort.own(self.calls, text, states=states)
-            step = torch.full((), cohort.row, dtype=torch.int32, device=q.device)
-            rows = q_c, k_c, v_c, g_c, beta_c
-            out.append(recur_step(*rows, DeltaRows(*text), states, own, cohort.layout, step, cohort.row))
-        return torch.cat(out, 2)
+        return torch.cat([step.recur(*own) for step, *own in self._parts(2, q, k, v, g, beta)], 2)
 
 
 @torch.no_grad()
@@ -160,12 +142,11 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     lengths = torch.zeros((B, P * N + 1), dtype=torch.int64, device=device)
     with dropout_off(model):
         # 3. The text runs once.
-        leaf = LeafPass(layout)
-        decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), leaf)
+        store = ThoughtStore(layout.text_only())
+        decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), TextPass(store))
         position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
         counted = N, T, texts.sequence_ids, position, positions, on_device(seed, device)
-        text = [(rows, states_of(rows, layout.lo)) for rows in leaf.rows]
-        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, text)
+        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, store)
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
@@ -180,7 +161,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
                 place = order.gather(1, index.clamp(max=P * N - 1))
                 place = torch.where(torch.arange(most, device=device) < begin[:, None], place, -1)
                 anchor = layout.anchor.gather(1, place.clamp(min=0) // N).masked_fill(place < 0, -1)
-                cohorts.append(Cohort(place, anchor, layout.lo, marks, len(marks.start) + T))
+                cohorts.append(Cohort(place, anchor, store, marks, len(marks.start) + T))
                 taken = taken + begin
             if not largest(group, len(cohorts), device):
                 break
@@ -203,13 +184,13 @@ class _Rollout:
     positions: int  # more than any
     seed: Tensor
     temperature: float
-    text: TextCalls
+    store: ThoughtStore  # of the text
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""
         if not cohorts:  # but in other processes, which gather this one's part of the weights
             none = self.position[:, :0]
-            decode_rows(self.model, embeddings(self.model)(none), none, CohortsPass(self.text, cohorts, self.positions))
+            decode_rows(self.model, embeddings(self.model)(none), none, CohortsPass(self.store, cohorts, self.positions))
             return cohorts
         # 1. The next row of each thought.
         anchor = torch.cat([c.anchor for c in cohorts], 1).long().clamp(min=0)
@@ -221,7 +202,7 @@ class _Rollout:
             self.model,
             embeddings(self.model)(tokens),
             position + 1 + row,
-            CohortsPass(self.text, cohorts, self.positions),
+            CohortsPass(self.store, cohorts, self.positions),
         )
         # 2. A token for each.
         s = row - (len(self.marks.start) - 1)  # which token a row predicts; below 0 in the start string
