@@ -286,28 +286,12 @@ class StepPass(ThoughtPass):
         return out
 
 
-class _OwnRow(ThoughtPass):
-    """Rows that see only themselves, for a result that nobody reads."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.calls += 1
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.calls += 1
-        return x * weight[:, -1]
-
-    def recur(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
-        self.calls += 1
-        return v
-
-
 def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
     """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]; there may be no rows."""
     rows = embeds.shape[1]
     if not rows:  # most layers can't run without any, and other processes wait for a sharded model's forward
         embeds, position_ids = (torch.cat([x, x.new_zeros((len(x), 1, *x.shape[2:]))], 1) for x in (embeds, position_ids))
-        thought_pass = _OwnRow(1)
+        thought_pass = PackedPass(ThoughtLayout.every_position(len(embeds), 1, 1, 1, embeds.device).text_only())
     ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
