@@ -106,10 +106,9 @@ class EndTokens:
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """[U,D], the last hidden states that predict the tokens: one forward of a model with attention "quietstar"."""
         layout = self.layout.to(device_of(model))
-        packed = PackedPass(layout)
-        packed.positions = self.positions
         embeds = embeddings(model)(self.token_ids.to(layout.device))
-        return decode_rows(model, embeds, layout.position_ids(), packed)[0, self.rows.to(layout.device)]
+        hidden = decode_rows(model, embeds, layout.position_ids(), PackedPass(layout, self.positions))
+        return hidden[0, self.rows.to(layout.device)]
 
     def spread(self, values: Tensor) -> Tensor:
         """Values [U,...] of the tokens as those of each sequence, [B,T,...]; 0 where ``live`` is False."""

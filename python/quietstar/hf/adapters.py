@@ -59,10 +59,18 @@ def add(model: PreTrainedModel, config: PeftConfig | AdapterConfig) -> PreTraine
         raise refusal("config", "an AdapterConfig or a PeftConfig", config)
     if there(model):
         raise ValueError("the model already has adapters; train them further, or merge them before adding new ones")
-    wanted = _lora(config) if isinstance(config, AdapterConfig) else config
-    _check_kind(wanted)
+    if isinstance(config, AdapterConfig):
+        names = [name.strip() for name in config.lora_targets.split(",")]
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=names[0] if names == ["all-linear"] else names,
+        )
+    _check_kind(config)
     try:
-        with_adapters = peft.get_peft_model(model, wanted)
+        with_adapters = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"no adapters fit {type(model).__name__}: {reason_of(error)}") from error
     try:
@@ -71,17 +79,6 @@ def add(model: PreTrainedModel, config: PeftConfig | AdapterConfig) -> PreTraine
         with_adapters.unload()
         raise
     return with_adapters
-
-
-def _lora(config: AdapterConfig) -> PeftConfig:
-    names = [name.strip() for name in config.lora_targets.split(",")]
-    return require_peft().LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=names[0] if names == ["all-linear"] else names,
-    )
 
 
 def check(model: nn.Module) -> None:

@@ -86,14 +86,10 @@ def wrong_with_layout(config: Any, in_attention_only: bool = False) -> ValueErro
 
 
 def _reason(config: Any) -> str | None:
-    known = REFUSED.get(config.model_type)
-    if (
-        known is None
-        and config.model_type not in RECURRENT
-        and not _MIXING_LAYERS.isdisjoint(getattr(config.get_text_config(), "layer_types", None) or ())
-    ):
-        return _MIXES
-    return known
+    if config.model_type in REFUSED or config.model_type in RECURRENT:
+        return REFUSED.get(config.model_type)
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    return None if _MIXING_LAYERS.isdisjoint(layers) else _MIXES
 
 
 _convolutions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

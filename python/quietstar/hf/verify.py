@@ -114,7 +114,10 @@ def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
 
     packed_ids = torch.cat([text_ids, thought_ids.flatten(1)], 1)
     packed = decode_rows(model, embed(packed_ids), layout.position_ids(), PackedPass(layout))
-    stepwise = _stepwise(model, text_ids, thought_ids, layout)
+    store, rows = ThoughtStore(layout), thought_ids.flatten(1, 2)
+    decode_rows(model, embed(text_ids), layout.text_position_ids(), TextPass(store))
+    steps = [decode_step(model, embed(rows[:, :, s]), store, s) for s in range(_ROWS)]
+    stepwise = torch.stack(steps, 2).flatten(1, 2)
 
     truth = _alone(model, text_ids, thought_ids, layout)
     with _rounded(model, generator):
@@ -122,23 +125,13 @@ def _compare(model: PreTrainedModel, seed: int) -> VerifyReport:
     unit = _distance(drawn, truth).amax(0).clamp(min=torch.finfo(torch.float32).tiny)  # [M]
     if not bool(truth.isfinite().all() and unit.isfinite().all()):
         raise not_finite(model, "on random tokens")
-    difference, steps = _distance(packed, truth)[0] / unit, _distance(stepwise, truth[:, L:])[0] / unit[L:]
+    difference = _distance(packed, truth)[0] / unit
     return VerifyReport(
         text=float(difference[:L].max()),
         thoughts=float(difference[L:].max()),
-        stepwise=float(steps.max()),
+        stepwise=float((_distance(stepwise, truth[:, L:])[0] / unit[L:]).max()),
         bound=16 if truth.dtype in (torch.float32, torch.float64) else 2,  # sharded weights may be of another
     )
-
-
-def _stepwise(model: PreTrainedModel, text_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout) -> Tensor:
-    """[1,R,D]"""
-    embed = embeddings(model)
-    store = ThoughtStore(layout)
-    decode_rows(model, embed(text_ids), layout.text_position_ids(), TextPass(store))
-    rows = thought_ids.flatten(1, 2)
-    steps = [decode_step(model, embed(rows[:, :, s]), store, s) for s in range(_ROWS)]
-    return torch.stack(steps, 2).flatten(1, 2)
 
 
 def _alone(model: PreTrainedModel, text_ids: Tensor, thought_ids: Tensor, layout: ThoughtLayout, copies: int = 1) -> Tensor:

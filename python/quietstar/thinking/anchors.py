@@ -120,10 +120,6 @@ def _highest(eligible: Tensor, score: Tensor, wanted: int | Tensor) -> Tensor:
     return (order.argsort(dim=1) < wanted) & eligible
 
 
-def _every(candidates: Candidates) -> Tensor:
-    return candidates.eligible & ((candidates.position + 1) % candidates.thinker.config.anchor_stride == 0)
-
-
 def _sentences(candidates: Candidates) -> Tensor:
     """The ends of sentences, ``anchor_count`` of them at random."""
     closes, opens = _sentence_tokens(candidates.tokenizer, len(embeddings(candidates.thinker.model).weight))
@@ -162,7 +158,9 @@ CHOICES: dict[str, Callable[[Candidates], Tensor]] = {
     "random": lambda candidates: _top(candidates, candidates.uniform),
     "entropy": lambda candidates: _top(candidates, candidates.entropy),
     "sentences": _sentences,
-    "every": _every,
+    "every": lambda candidates: (
+        candidates.eligible & ((candidates.position + 1) % candidates.thinker.config.anchor_stride == 0)
+    ),
     "gate": _gate,
 }
 

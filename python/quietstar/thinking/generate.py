@@ -188,7 +188,9 @@ class ThinkingModel(GenerationMixin):
         """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
         if self.cache is None:
             self.cache = self._prepare(input_ids, attention_mask)
-            h_base = self._read_prompt(self.cache, input_ids)
+            store = self.cache.store
+            embeds, position_ids = embeddings(self.thinker.model)(input_ids), store.text_layout.text_position_ids()
+            h_base = decode_rows(self.thinker.model, embeds, position_ids, TextPass(store))[:, -1]
         else:
             h_base = self._read_token(self.cache, input_ids[:, -1:])
         if self.thinking.think == "always":
@@ -217,11 +219,6 @@ class ThinkingModel(GenerationMixin):
         self._check_room(self.new_tokens - 1)
         ahead = min(self.new_tokens - 1, AHEAD)
         return TextCache.take(self.thinker, self.graphs, layout, self._room(layout.L, layout.L + ahead))
-
-    def _read_prompt(self, cache: TextCache, input_ids: Tensor) -> Tensor:
-        """Last hidden states [B,D] of the prompts, whose keys and values enter the store."""
-        model, store = self.thinker.model, cache.store
-        return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), TextPass(store))[:, -1]
 
     def _read_token(self, cache: TextCache, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""

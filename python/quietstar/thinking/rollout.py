@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
-from quietstar.hf.graphs import EAGER, Runner
+from quietstar.hf.graphs import Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, not_finite, sharding_group
 from quietstar.objective import sampled
@@ -73,26 +73,21 @@ class Stop:
     end: int
     threshold: float
 
-    @staticmethod
-    def of(config: ThoughtConfig) -> Stop | None:
-        """As the config says; None where every thought has T tokens."""
-        if config.stop_threshold is None or config.end_token_id is None:
-            return None
-        return Stop(config.end_token_id, config.stop_threshold)
-
 
 @dataclass(frozen=True)
 class RolloutOptions:
     """How thoughts are sampled."""
 
     thought_tokens: int  # T
-    temperature: float = 1.0  # 0 takes the most likely token
-    banned: tuple[int, ...] = ()  # ids that are never drawn
-    stop: Stop | None = None  # when thoughts end early; None: all have T tokens
+    temperature: float  # 0 takes the most likely token
+    banned: tuple[int, ...]  # ids that are never drawn
+    stop: Stop | None  # when thoughts end early; None: all have T tokens
 
     @staticmethod
     def of(config: ThoughtConfig, temperature: float) -> RolloutOptions:
-        return RolloutOptions(config.thought_tokens, temperature, tuple(config.banned), Stop.of(config))
+        end, threshold = config.end_token_id, config.stop_threshold
+        stop = None if end is None or threshold is None else Stop(end, threshold)
+        return RolloutOptions(config.thought_tokens, temperature, tuple(config.banned), stop)
 
 
 @torch.no_grad()
@@ -103,8 +98,8 @@ def sample_vector_thoughts(
     texts: Texts,
     seed: int,
     sampling: RolloutOptions,
-    anchor_chunk: int | None = None,
-    run: Runner = EAGER,
+    anchor_chunk: int,
+    run: Runner,
 ) -> Thoughts:
     """Sample T tokens for every thought of some texts, whose S is at least T; the text runs once.
 
@@ -113,7 +108,7 @@ def sample_vector_thoughts(
         texts: S - T rows of each thought are not sampled; shorter thoughts have fewer sampled rows.
         seed: 64 bits; with (sequence id, position from lo, n, s) it fixes every random number.
         sampling: at temperature 0 one thought is made for all N of an anchor.
-        anchor_chunk: anchors that advance together; default all.
+        anchor_chunk: anchors that advance together.
         run: runs the rollout, perhaps as a CUDA graph.
     """
     layout, N, T = texts.layout, texts.layout.N, sampling.thought_tokens
@@ -132,7 +127,7 @@ def sample_vector_thoughts(
         whole: bool,
     ) -> tuple[Tensor, ...]:
         layout = ThoughtLayout(anchor, lo, length, T)
-        runs = layout.chunks(anchor_chunk or max(layout.P, 1))
+        runs = layout.chunks(max(anchor_chunk, 1))
         store = ThoughtStore(layout.select(runs[0]))
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), TextPass(store))
         parts: list[Thoughts] = []
