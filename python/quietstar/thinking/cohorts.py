@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from quietstar.hf.decoder import StepPass, TextPass, ThoughtPass, ThoughtStore, decode_rows
-from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
@@ -126,11 +124,9 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     model, marks, layout = thinker.model, thinker.marks, texts.layout
     # 1. Greedy thoughts of an anchor are identical, so that one is sampled for all.
     (B, P, N), T, device = layout.length.shape, thinker.config.thought_tokens, texts.device
-    if temperature == 0:
-        one = ThoughtLayout(layout.anchor, layout.lo, layout.length.amax(2, keepdim=True), layout.rows)
-        if N > 1:
-            fewer = live and -(-live // N)
-            return sample_text_thoughts(thinker, replace(texts, layout=one), seed, temperature, fewer).copies(N)
+    if temperature == 0 and N > 1:
+        one, fewer = replace(layout, length=layout.length.amax(2, keepdim=True)), live and -(-live // N)
+        return sample_text_thoughts(thinker, replace(texts, layout=one), seed, temperature, fewer).copies(N)
     # 2. The queue: of each text, the places that think, one after another.
     queue = ((layout.anchor >= 0)[..., None] & (layout.length > 0)).flatten(1)
     order = (~queue).int().argsort(dim=1, stable=True)
@@ -144,9 +140,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
         # 3. The text runs once.
         store = ThoughtStore(layout.text_only())
         decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), TextPass(store))
-        position, positions = layout.text_position_ids(), layout.L + len(marks.start) + T
-        counted = N, T, texts.sequence_ids, position, positions, on_device(seed, device)
-        rollout = _Rollout(model, thinker.lm_head, marks, *counted, temperature, store)
+        rollout = _Rollout(thinker, marks, texts, store, on_device(seed, device), temperature)
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
         taken = torch.zeros_like(counts)
         cohorts: list[Cohort] = []
@@ -174,57 +168,49 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
 class _Rollout:
     """Steps of all cohorts."""
 
-    model: PreTrainedModel
-    head: LMHead
+    thinker: Thinker
     marks: Marks
-    N: int
-    T: int
-    sequence_ids: Tensor  # [B,L]
-    position: Tensor  # [B,L], of the text
-    positions: int  # more than any
+    texts: Texts
+    store: ThoughtStore  # of the text
     seed: Tensor
     temperature: float
-    store: ThoughtStore  # of the text
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
         """Run a row of every thought and sample; the cohorts that still have live thoughts."""
+        model, marks, layout, T = self.thinker.model, self.marks, self.texts.layout, self.thinker.config.thought_tokens
+        text_position, embed = layout.text_position_ids(), embeddings(model)
+        step = CohortsPass(self.store, cohorts, layout.L + len(marks.start) + T)
         if not cohorts:  # but in other processes, which gather this one's part of the weights
-            none = self.position[:, :0]
-            decode_rows(self.model, embeddings(self.model)(none), none, CohortsPass(self.store, cohorts, self.positions))
+            decode_rows(model, embed(text_position[:, :0]), text_position[:, :0], step)
             return cohorts
         # 1. The next row of each thought.
         anchor = torch.cat([c.anchor for c in cohorts], 1).long().clamp(min=0)
         place = torch.cat([c.place for c in cohorts], 1)
         row = torch.cat([torch.full_like(c.place, c.row) for c in cohorts], 1)
-        position = self.position.gather(1, anchor)
+        position = text_position.gather(1, anchor)
         tokens = torch.cat([c.token for c in cohorts], 1).clamp(min=0)
-        hidden = decode_rows(
-            self.model,
-            embeddings(self.model)(tokens),
-            position + 1 + row,
-            CohortsPass(self.store, cohorts, self.positions),
-        )
+        hidden = decode_rows(model, embed(tokens), position + 1 + row, step)
         # 2. A token for each.
-        s = row - (len(self.marks.start) - 1)  # which token a row predicts; below 0 in the start string
-        counters = torch.stack([self.sequence_ids.gather(1, anchor), position, place.clamp(min=0) % self.N, s.clamp(min=0)], -1)
-        drawn, value = self.head.sample(hidden, counters.int(), self.seed, self.temperature, ())
+        s = row - (len(marks.start) - 1)  # which token a row predicts; below 0 in the start string
+        numbers = place.clamp(min=0) % layout.N, s.clamp(min=0)
+        counters = torch.stack([self.texts.sequence_ids.gather(1, anchor), position, *numbers], -1)
+        drawn, value = self.thinker.lm_head.sample(hidden, counters.int(), self.seed, self.temperature, ())
         batch = torch.arange(len(place), device=place.device)[:, None]
         kept_at = torch.where((place >= 0) & (s >= 0), place, ids.shape[1] - 1)
         s = s.clamp(min=0)
         ids[batch, kept_at, s], logprob[batch, kept_at, s], lengths[batch, kept_at] = drawn, value, s + 1
         # 3. Who goes on: in the start string all; later those that didn't end.
-        forced = self.marks.start
         kept = []
         for c, some in zip(cohorts, drawn.split([c.place.shape[1] for c in cohorts], 1), strict=True):
             c.advance()
-            if c.row < len(forced):
-                c.token = torch.full_like(c.token, forced[c.row])
+            if c.row < len(marks.start):
+                c.token = torch.full_like(c.token, marks.start[c.row])
                 kept.append(c)
                 continue
             c.token = some
             c.recent = torch.cat([c.recent[..., 1:], some[..., None]], -1)
-            ended = (c.recent == some.new_tensor(self.marks.end)).all(-1) | torch.isin(some, some.new_tensor(self.marks.stops))
-            over = c.row - len(forced) + 1 >= self.T
+            ended = (c.recent == some.new_tensor(marks.end)).all(-1) | torch.isin(some, some.new_tensor(marks.stops))
+            over = c.row - len(marks.start) + 1 >= T
             live = (c.place >= 0) & ~ended & (some >= 0) if not over else torch.zeros_like(ended)
             c.place = c.place.masked_fill(~live, -1)
             most = int(live.sum(1).max())
