@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quietstar.group_rl.completions import through, through_head
-from quietstar.group_rl.shared_logprobs import check_ids, model_and_head, parts_of, refuse_none, trees_of
+from quietstar.group_rl.shared_logprobs import check_sequences, model_and_head, parts_of, trees_of
 from quietstar_kernels import linear_divergence
 from quietstar_kernels.checks import Checker
 
@@ -44,8 +44,7 @@ def shared_divergence(
     own, own_head = model_and_head("shared_divergence: student", student)
     other, other_head = model_and_head("shared_divergence: teacher", teacher)
     given, temperature, beta = check.sequences(sequences), check.temperature(temperature), check.fraction("beta", beta)
-    check_ids(check, own, given)
-    refuse_none(check, given)
+    check_sequences(check, own, given)
     heads = [own_head.of(own), other_head.of(other)]
     sizes = [head.linear.out_features for head in heads]
     if sizes[0] != sizes[1]:

@@ -83,8 +83,7 @@ def shared_logprobs(
     temperatures = _temperatures(check, temperature, given, cu_seqlens is not None)
     check.flag("return_entropy", return_entropy)
     most = None if max_rows is None else integer("shared_logprobs: max_rows", max_rows, 1)
-    check_ids(check, inner, given)
-    refuse_none(check, given)
+    check_sequences(check, inner, given)
     parts = parts_of(given, most)
     forwards = max(len(parts), 1) if most is None else _most_of_all(inner, max(len(parts), 1))
     trees, in_order = trees_of(given, temperatures, parts, forwards)
@@ -147,16 +146,13 @@ def trees_of(
     return trees, lambda found: [found[row.get(i, 0), :count] for i, count in enumerate(counts)]
 
 
-def check_ids(check: Checker, model: PreTrainedModel, sequences: list[Tensor]) -> None:
-    """Raises ValueError for ids that the model doesn't have, such as labels' -100. On a GPU they would end the process."""
+def check_sequences(check: Checker, model: PreTrainedModel, sequences: list[Tensor]) -> None:
+    """Raises ValueError for ids that the model doesn't have, such as labels' -100, which on a GPU would end the process; and if
+    there are no sequences, where other processes wait for this one's backward."""
     size = embeddings(model).num_embeddings
     for i, ids in enumerate(sequences):
         if wrong := ids[(ids < 0) | (ids >= size)].tolist():
             raise check.fail(f"sequence {i} must hold token ids from 0 to V-1={size - 1}, got {wrong[0]}")
-
-
-def refuse_none(check: Checker, sequences: list[Tensor]) -> None:
-    """Raises ValueError if there are no sequences, where other processes wait for this one's backward."""
     if not sequences and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1:
         raise check.fail("a process without sequences must pass one of one token, so that its backward takes part, got none")
 

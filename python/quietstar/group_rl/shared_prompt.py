@@ -29,11 +29,7 @@ from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.modules import is_sharded, unmark_gguf, unwrapped
 from quietstar.hf.positions import check_room, rotary_limits
 
-HOOK = "_get_per_token_logps_and_entropies"
-# The hook's first parameters in the release that the tests run, and that release.
-PARAMETERS = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
-PARAMETERS += ["compute_entropy", "compute_aux_loss"]
-TESTED = "1.16"
+TESTED = "1.16"  # the release that the tests run
 # Values of GRPO's loss_type that give each completion the same weight in any microbatch of an optimizer step.
 SUMS = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
@@ -72,7 +68,9 @@ class SharedPrompts(Trainer):
     _step: int  # microbatches so far
 
     # What ``_check_release`` expects: a method that is replaced, its first parameters, and who has it.
-    _hook, _parameters, _trainers = HOOK, PARAMETERS, "GRPOTrainer or RLOOTrainer"
+    _hook, _trainers = "_get_per_token_logps_and_entropies", "GRPOTrainer or RLOOTrainer"
+    _parameters = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    _parameters += ["compute_entropy", "compute_aux_loss"]
     _window = range(0)  # the values of ``_step`` in the optimizer step under way; none outside ``train``
 
     def __init__(self, *args: Any, **kwargs: Any):
