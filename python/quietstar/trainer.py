@@ -204,8 +204,9 @@ class ThoughtTrainer(Trainer):
             chosen = at_chosen_anchors(self.model, examples, B)
             losses, thought = measure(self.model, chosen, B, progress=False, keep=self.controls)
         self._found.append((B, losses, thought))
-        means = [_text_means(x, losses, B) for x in (losses.base, losses.mixed)]
-        rows = torch.stack([*means, losses.text.bincount(minlength=B)], 1).to(self.args.device, torch.float32)
+        tokens = losses.text.bincount(minlength=B)
+        means = [losses.text.bincount(x, minlength=B) / tokens.clamp(min=1) for x in (losses.base, losses.mixed)]
+        rows = torch.stack([*means, tokens], 1).to(self.args.device, torch.float32)
         labels = inputs.get("labels", inputs["input_ids"]) if self.compute_metrics else None
         return rows[:, 1].mean(), rows, labels
 
@@ -318,11 +319,6 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
             continue
         return path
     raise ValueError(f"{folder}: there is no whole checkpoint to resume from")
-
-
-def _text_means(values: Tensor, losses: TokenLosses, texts: int) -> Tensor:
-    """fp64 [texts], the mean of a loss over the tokens of each text; 0 for a text without any."""
-    return losses.text.bincount(values, minlength=texts) / losses.text.bincount(minlength=texts).clamp(min=1)
 
 
 def _in_turn(lists: list[list]) -> list:

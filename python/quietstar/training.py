@@ -224,7 +224,8 @@ class Run:
                     # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
                     accelerator.backward(value * ranks)
                 if update == 0:  # later updates reuse these thoughts, so their figures would be of old ones
-                    parts[i] = _with_thoughts_of(out, part)
+                    old = out.logprob if part.old_logprob is None else part.old_logprob  # of thoughts that were given
+                    parts[i] = replace(part, thought_ids=out.thought_ids, thought_lengths=out.thought_lengths, old_logprob=old)
                     sums.append(figures.sums_of(value, out, part))
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             if update == 0:  # before the weights change: if another process is lost here, no step is half done
@@ -324,10 +325,3 @@ def _check(qs: Any, data: Sequence[Example], config: Any, loss: Any, evaluate: A
     anchors = qs.thought_config.anchors
     if anchors != "all" and not {"anchors", "thought_ids"}.isdisjoint(data[0]):
         raise ValueError(f"train: anchors must be 'all' where the texts bring their own anchors or thoughts, got {anchors!r}")
-
-
-def _with_thoughts_of(out: QuietStarOutput, part: Texts) -> Texts:
-    """The part that uses the same thoughts again. Thoughts that were given with their ``old_logprob`` keep it."""
-    if part.thought_ids is None:
-        part = replace(part, thought_ids=out.thought_ids, thought_lengths=out.thought_lengths)
-    return part if part.old_logprob is not None else replace(part, old_logprob=out.logprob)

@@ -7,13 +7,13 @@ from dataclasses import fields
 from functools import partial, reduce
 from operator import add
 
-import torch
 from accelerate import Accelerator
 from torch.nn.functional import pad
 
 from quietstar.model import QuietStar
 from quietstar.objective import Counts
 from quietstar.run.batches import Batch, moved
+from quietstar.run.processes import in_each_process
 from quietstar.run.sharding import gathered
 from quietstar.texts import COLUMNS, Texts
 
@@ -42,7 +42,7 @@ def prepare_parts(
             texts = [
                 part if part.anchors is not None else part.with_anchors(qs.choose_anchors(part, seed=seed)) for part in texts
             ]
-            most = _most(accelerator, max(part.layout.P for part in texts))
+            most = max(in_each_process(accelerator, max(part.layout.P for part in texts)))
             texts = [part.with_unused_anchors(most) for part in texts]
         stops = qs.thought_config.stop_threshold is not None or qs.thought_config.written
         if not stops and not gather:
@@ -50,14 +50,13 @@ def prepare_parts(
         texts = [part.map(partial(moved, device=accelerator.device)) for part in texts]
         if stops or gather:  # if they stop, only sampling shows how many tokens there are to count
             with gathered(qs) if gather else nullcontext():
-                texts = [part if part.thought_ids is not None else _with_own_thoughts(qs, part, seed) for part in texts]
+                for i, part in enumerate(texts):
+                    if part.thought_ids is None:
+                        thoughts = qs.think(part, seed=seed)
+                        texts[i] = part.with_thoughts(qs.thought_config, thoughts.thought_ids, thoughts.thought_lengths)
             counts = [qs.count_targets(part) for part in texts]
-    return texts, total_counts(accelerator, counts)
-
-
-def _with_own_thoughts(qs: QuietStar, part: Texts, seed: int) -> Texts:
-    thoughts = qs.think(part, seed=seed)
-    return part.with_thoughts(qs.thought_config, thoughts.thought_ids, thoughts.thought_lengths)
+    total = reduce(add, counts)
+    return texts, Counts(*(accelerator.reduce(moved(getattr(total, x.name), accelerator.device)) for x in fields(total)))
 
 
 def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> list[Batch]:
@@ -66,22 +65,9 @@ def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> lis
     Args:
         least: tokens to pad to at any rate, since a model refuses fewer.
     """
-    longest = max(least, _most(accelerator, max(part["input_ids"].shape[1] for part in parts)))
+    longest = max(least, *in_each_process(accelerator, max(part["input_ids"].shape[1] for part in parts)))
     fills = {name: column.padding for name, column in COLUMNS.items() if column.letters == "B,L"}
     return [
         part | {name: pad(part[name], (0, longest - part[name].shape[1]), value=fills[name]) for name in fills.keys() & part}
         for part in parts
     ]
-
-
-def _most(accelerator: Accelerator, size: int) -> int:
-    """The largest of all processes."""
-    if accelerator.num_processes == 1:
-        return size
-    return int(accelerator.gather(torch.tensor(size, device=accelerator.device)).max())
-
-
-def total_counts(accelerator: Accelerator, parts: list[Counts]) -> Counts:
-    """The counts of the whole step, over parts and processes."""
-    total = reduce(add, parts)
-    return Counts(*(accelerator.reduce(moved(getattr(total, x.name), accelerator.device)) for x in fields(total)))
