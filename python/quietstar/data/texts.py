@@ -40,13 +40,6 @@ def whole_texts(count: int, most: int, seed: int) -> list[int]:
     return random_order(count, seed)[:held]
 
 
-def split_texts(ids: list[Tensor], most: int, seed: int) -> Split:
-    """Hold out whole texts, ``most`` or fewer."""
-    held = whole_texts(len(ids), most, seed)
-    training = random_order(len(ids), seed)[len(held) :]
-    return Split([ids[i] for i in training], [ids[i] for i in held], held)
-
-
 def split_blocks(ids: list[Tensor], most: int, seed: int, length: int) -> Split:
     """Hold out blocks of ``length`` tokens, or a twentieth of all if that is less. What is between them is trained on."""
     size = min(length, max(SHORTEST, sum(map(len, ids)) // FEW))
@@ -207,7 +200,9 @@ def _split(config: DataConfig, texts: list[Text], tokenizer: PreTrainedTokenizer
         return Split(ids, tokenize([others[i] for i in held], tokenizer) if held else [], sources)
     if in_blocks(config, len(texts)):
         return split_blocks(ids, config.held_out, config.held_out_seed, config.length)
-    return split_texts(ids, config.held_out, config.held_out_seed)
+    held = whole_texts(len(ids), config.held_out, config.held_out_seed)
+    training = random_order(len(ids), config.held_out_seed)[len(held) :]
+    return Split([ids[i] for i in training], [ids[i] for i in held], held)
 
 
 def read_texts(config: DataConfig) -> list[Text]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar import checks, objective
-from quietstar.config import ThoughtConfig
 from quietstar.evaluation.intervals import mean_interval
+from quietstar.evaluation.scoring import LOGITS, ROWS
 from quietstar.explanation.page import render
 from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, ExplainedToken, text_pieces, token_text
 from quietstar.files.writing import write_whole
@@ -31,8 +31,6 @@ from quietstar_kernels.checks import file_path, flag, instance, unicode
 FORMAT = 2
 LOSSES, GAINS = ("base", "mixed", "another"), ("gain", "mixing", "content")
 TOP = 5  # likeliest tokens shown
-# At a time: thought rows of the packed forward, and logits of the likeliest tokens.
-ROWS, LOGITS = 2**13, 2**24
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,8 @@ def explain(
     if not finite.all():
         raise not_finite(thinker.model, f"at position {int((~finite).nonzero()[0])}")
     tokens = _tokens(tokenizer, input_ids[0].tolist(), found)
-    return Report(_model(thinker.model), _settings(thinker.config, seed) | {"another": another}, tokens)
+    settings = {name: getattr(thinker.config, name) for name in ("preset", "mixing", "thoughts", "thought_tokens")}
+    return Report(_model(thinker.model), settings | {"seed": seed, "another": another}, tokens)
 
 
 def _tokenize(thinker: Thinker, tokenizer: Any, name: str, text: str, special: bool) -> Tensor:
@@ -161,13 +160,8 @@ def _think(one: QuietStar, input_ids: Tensor, seed: int | None, sequence_id: int
 
 def _side_by_side(own: Thoughts, places: Tensor, other: Thoughts, taken: Tensor) -> Thoughts:
     """At each place its own N thoughts, then those of the other text at the place that is taken for it: 2 N."""
-
-    def both(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([x[:, places], y[:, taken]], 2)
-
-    return Thoughts(
-        both(own.thought_ids, other.thought_ids), both(own.logprob, other.logprob), both(own.lengths, other.lengths)
-    )
+    pairs = ((own.thought_ids, other.thought_ids), (own.logprob, other.logprob), (own.lengths, other.lengths))
+    return Thoughts(*(torch.cat([x[:, places], y[:, taken]], 2) for x, y in pairs))
 
 
 def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Thoughts) -> dict[str, Tensor]:
@@ -250,8 +244,3 @@ def _model(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-def _settings(config: ThoughtConfig, seed: int | None) -> dict[str, Any]:
-    names = ("preset", "mixing", "thoughts", "thought_tokens")
-    return {name: getattr(config, name) for name in names} | {"seed": seed}
