@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from quietstar.checkpoints.contents import find, has_safetensors, locate_tensors
 from quietstar.checkpoints.places import checkpoint_of, is_gguf
@@ -117,9 +116,8 @@ def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs:
     options = {"dtype": "auto", "use_safetensors": None if allow_bin else True, "trust_remote_code": False, **kwargs}
     where, file = _source(path)
     if file:
-        options |= {**file, "config": config}  # which takes seconds to read
-        if hasattr(transformers, "GgufConfig"):  # without it, all are unpacked
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # The config takes seconds to read.
+        options |= {**file, "config": config, "quantization_config": GgufConfig(dequantize=True)}
     loaded = loading(path, "model", lambda: AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options))
     if file:
         model = cast(Any, loaded)[0]

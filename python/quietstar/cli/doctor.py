@@ -83,11 +83,8 @@ class Doctor(Train):
         if self.processes < 1:
             raise UsageError("--processes must be 1 or more")
         each = -(-train.batch_size // self.processes)
-        plan = Plan(
-            -(-each // train.accumulation),
-            self.gradient_checkpointing,
-            1 if train.anchor_chunk == "auto" else train.anchor_chunk,
-        )
+        chunk = 1 if train.anchor_chunk == "auto" else train.anchor_chunk
+        plan = Plan(-(-each // train.accumulation), self.gradient_checkpointing, chunk)
         most = plan.texts * length * (1 + thoughts.thoughts * thoughts.rows)
         if most > MOST_ROWS:
             raise UsageError(f"--batch-size, --length and thoughts make {most:,} rows, and {MOST_ROWS:,} are the most")
@@ -126,7 +123,7 @@ class Doctor(Train):
         size = f"{plan.texts} x {length} tokens, {rows:,} rows with thoughts"
         table = memory_table(memory, libraries, plan.checkpointing)
         machine = this_machine(self.processes)
-        reason = too_large(plan, length, estimate, machine, lambda texts: f"--accumulation={-(-each // texts)}")
+        reason = too_large(plan, length, estimate, machine, each)
         fits = f"doesn't fit: {reason}" if reason else f"fits in the {human(machine.free)} that are free"
         text = f"{self.model}: a training step on {size}, needs about\n{table}\n{fits}"
         if self.processes > 1:

@@ -173,7 +173,7 @@ class Train:
         chunk = 1 if few or self.train.anchor_chunk == "auto" else self.train.anchor_chunk
         plan = Plan(-(-each // self.train.accumulation), self.gradient_checkpointing, chunk)
         try:
-            reason = too_large(plan, length, estimate, machine, lambda texts: f"--accumulation={-(-each // texts)}")
+            reason = too_large(plan, length, estimate, machine, each)
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr)
             return

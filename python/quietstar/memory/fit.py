@@ -63,14 +63,12 @@ def _that_fits(plan: Plan, length: int, fits: Callable[[Plan], bool]) -> Plan | 
     return Plan(1, True, chunk) if chunk else None
 
 
-def too_large(
-    plan: Plan, length: int, memory: Callable[[int, int | None], StepMemory], machine: Machine, option: Callable[[int], str]
-) -> str:
+def too_large(plan: Plan, length: int, memory: Callable[[int, int | None], StepMemory], machine: Machine, texts: int) -> str:
     """Why a step doesn't fit, and the options with which it would; empty if it fits.
 
     Args:
         memory: that of so many texts at a time, and anchors of each.
-        option: the command's option for so many texts at a time.
+        texts: of a step in each process.
     """
 
     def needs(plan: Plan) -> int:
@@ -82,7 +80,7 @@ def too_large(
     fits = _that_fits(plan, length, lambda plan: needs(plan) <= machine.free)
     if fits is None:
         return f"{text}shorter texts (--length) or thoughts, a smaller model or --lora-rank need less"
-    options = [option(fits.texts)] * (fits.texts != plan.texts)
+    options = [f"--accumulation={-(-texts // fits.texts)}"] * (fits.texts != plan.texts)
     options += ["--gradient-checkpointing"] * (fits.checkpointing != plan.checkpointing)
     options += [f"--anchor-chunk={fits.anchor_chunk}"] * (fits.anchor_chunk != plan.anchor_chunk)
     return f"{text}{human(needs(fits))} are enough with {' '.join(options)}"
