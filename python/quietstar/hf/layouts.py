@@ -38,10 +38,14 @@ def layout_head(model: PreTrainedModel) -> LMHead | None:
     if not isinstance(inner, PreTrainedModel) or not _is_plain(inner) or _draws_or_runs_again(model):
         return None
     if inner not in _heads:
+        # Layers that drop layouts need hooks that stay; chunks and some rotary embeddings limit a forward.
+        limited = inner.config.model_type in DROP_LAYOUT or most_rows(inner) < sys.maxsize or rotary_limits(inner.config)
         try:
-            _heads[inner] = _verified_head(model)
+            _heads[inner] = None if limited else checked_head(model)
         except _PASSING:
             return None
+        except Exception:  # an ordinary forward serves where anything is unusual
+            _heads[inner] = None
     head, linear = _heads[inner], inner.get_output_embeddings()
     # Adapters, which may have come since, put a layer of another class there.
     return replace(head, linear=linear) if head is not None and type(linear) in (nn.Linear, FastLinear) else None
@@ -68,19 +72,6 @@ def _draws_or_runs_again(model: nn.Module) -> bool:
         )
         for module in model.modules()
     )
-
-
-def _verified_head(model: PreTrainedModel) -> LMHead | None:
-    inner = unwrapped(model)
-    # Layers that drop layouts need hooks that stay; chunks and some rotary embeddings limit a forward.
-    if inner.config.model_type in DROP_LAYOUT or most_rows(inner) < sys.maxsize or rotary_limits(inner.config):
-        return None
-    try:
-        return checked_head(model)
-    except _PASSING:
-        raise
-    except Exception:  # an ordinary forward serves where anything is unusual
-        return None
 
 
 @contextmanager
