@@ -45,11 +45,6 @@ class ThoughtPass:
     def __init__(self, positions: int, stored: Sized | None = None):
         self.positions, self.stored, self.calls, self.convolutions = positions, stored, 0, 0
 
-    @property
-    def arrived(self) -> bool:
-        """After the forward: whether it made every call through this object, as far as the calls themselves show."""
-        return self.calls > 0 and (self.stored is None or self.calls == len(self.stored))
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``."""
         raise NotImplementedError
@@ -186,7 +181,7 @@ class ThoughtStore:
         self.capacity = capacity
         self._set(replace(self.layout.text_only(), lo=_extended(self.layout.lo, capacity)))
         for entry in self.entries:
-            entry.text = tuple(_padded(x, capacity) for x in entry.text)
+            entry.text = tuple(padded(x, 2, capacity) for x in entry.text)
             if entry.states is not None:
                 entry.states = text_states(DeltaRows(*entry.text), self.layout.lo)
 
@@ -212,7 +207,7 @@ class ThoughtStore:
     def take_text(self, call: int, *rows: Tensor, width: int | None = None) -> None:
         """Store what the text's rows [B,X,L,...] left at a call; ``width`` of a convolution."""
         if call == len(self.entries):
-            rows = tuple(x if self.capacity is None else _padded(x, self.capacity) for x in rows)
+            rows = tuple(x if self.capacity is None else padded(x, 2, self.capacity) for x in rows)
             states = text_states(DeltaRows(*rows), self.layout.lo) if len(rows) == len(DeltaRows._fields) else None
             self.entries.append(Entry(rows, width, states))
             self.entries[call].begin(self.layout, self.layout.S)
@@ -233,10 +228,10 @@ def _extended(lo: Tensor, capacity: int) -> Tensor:
     return torch.cat([lo, lo[:, -1:].expand(-1, capacity - lo.shape[1])], 1)
 
 
-def _padded(x: Tensor, capacity: int) -> Tensor:
-    """A copy of a text's [B,X,L,...] with ``capacity`` positions, zero where there is no token."""
-    wide = x.new_zeros((*x.shape[:2], capacity, *x.shape[3:]))
-    wide[:, :, : x.shape[2]] = x
+def padded(x: Tensor, dim: int, size: int) -> Tensor:
+    """A copy of what rows left, with ``size`` of them along ``dim``, zero where there is none."""
+    wide = x.new_zeros((*x.shape[:dim], size, *x.shape[dim + 1 :]))
+    wide.narrow(dim, 0, x.shape[dim]).copy_(x)
     return wide
 
 
@@ -296,7 +291,9 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     hidden = backbone(model)(
         inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
     ).last_hidden_state
-    if not thought_pass.arrived or thought_pass.convolutions != convolutions(model):  # the numbers would be silently wrong
+    calls, stored = thought_pass.calls, thought_pass.stored
+    known = calls if stored is None else len(stored)
+    if not calls or calls != known or thought_pass.convolutions != convolutions(model):  # the numbers would be silently wrong
         raise ValueError(
             f"{type(model).__name__}: the thought layout did not reach every layer that mixes rows, so this model can't think; "
             "its layers drop keyword arguments, do not use transformers' AttentionInterface, or run a kernel for a whole layer"

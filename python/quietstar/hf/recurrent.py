@@ -67,10 +67,6 @@ def _mamba_scan(
     return (out if D is None else out + D[:, None] * x).contiguous()
 
 
-def _fused_mamba(thought_pass: ThoughtPass, *_: Any, **__: Any) -> None:
-    """A layer runs its parts where the kernel for all of them returns nothing."""
-
-
 def _lost(_: ThoughtPass, model: PreTrainedModel, *__: Any, **___: Any) -> None:
     raise wrong_with_layout(model.config) or ValueError(
         f"{type(model).__name__} doesn't hand thought_layout on: give it to model.backbone, and call the head yourself"
@@ -90,7 +86,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "recurrent_kimi_delta_attention": _cached_step,
     "mamba2_chunk_scan": _mamba_scan,
     "mamba2_selective_state_update": _cached_step,
-    "mamba2_split_conv1d_scan_combined": _fused_mamba,
+    # A layer runs its parts where the kernel for all of them returns nothing.
+    "mamba2_split_conv1d_scan_combined": lambda *_, **__: None,
 }
 
 

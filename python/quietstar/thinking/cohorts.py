@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar.hf.decoder import StepPass, TextPass, ThoughtPass, ThoughtStore, decode_rows
+from quietstar.hf.decoder import StepPass, TextPass, ThoughtPass, ThoughtStore, decode_rows, padded
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
@@ -59,13 +59,8 @@ class Cohort:
             self._rows = min(2 * self._rows, self._most)
             for entry in self.entries:
                 if not isinstance(entry.own, Tensor):
-                    entry.own = tuple(map(self._longer, entry.own))
+                    entry.own = tuple(padded(x, 3, self._rows) for x in entry.own)
             self._lay_out()
-
-    def _longer(self, x: Tensor) -> Tensor:
-        longer = x.new_zeros((*x.shape[:3], self._rows, *x.shape[4:]))
-        longer[:, :, :, : x.shape[3]] = x
-        return longer
 
     def keep(self, live: Tensor) -> None:
         """Drop the thoughts that have ended, and their memory. ``live`` bool [B,C]."""
