@@ -331,7 +331,9 @@ class QuietStar(nn.Module):
         drawn = thought_ids.clamp(min=0)  # -1 marks logits that were not finite: see the loss below
         inputs = PackedInputs(layout, texts.input_ids, drawn, thought_lengths, targets)
         if config.reward == "match":
-            reward = self._matched(inputs, next_labels).to(torch.promote_types(embed.weight.dtype, torch.float32))
+            previous = texts.input_ids.gather(1, layout.anchor.long().clamp(min=0))
+            found = matches(drawn, targets.sampled, previous, next_labels, self.tokenizer) & targets.rewarded[..., None]
+            reward = found.to(torch.promote_types(embed.weight.dtype, torch.float32))
             # Known before the packed pass, which can leave out anchors whose thoughts all earn the same.
             if config.written and not config.mix_weight:
                 inputs = inputs.without(objective.dead_groups(reward, targets))
@@ -383,12 +385,6 @@ class QuietStar(nn.Module):
             dead=dead,
             leaks=objective.leaks(thought_ids, targets.sampled, next_labels) & thinks,
         )
-
-    def _matched(self, inputs: PackedInputs, after: Tensor) -> Tensor:
-        """bool [B,P,N], thoughts at rewarded anchors whose prediction is how the text goes on with ``after`` [B,P,F]."""
-        targets, previous = inputs.targets, inputs.input_ids.gather(1, inputs.layout.anchor.long().clamp(min=0))
-        found = matches(inputs.thought_ids, targets.sampled, previous, after, self.tokenizer)
-        return found & targets.rewarded[..., None]
 
     def choose_anchors(
         self,

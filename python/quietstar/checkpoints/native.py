@@ -108,9 +108,7 @@ def _checksum(settings: dict[str, Any]) -> str:
 def thinks(path: str | os.PathLike) -> bool:
     """Whether a folder or hub name holds a model with its thought parts, ours or published."""
     path = checkpoint_of(path)
-    if find(path, SETTINGS) is not None:
-        return True
-    return has_safetensors(path) and official.is_published(path)
+    return find(path, SETTINGS) is not None or (has_safetensors(path) and official.is_published(path))
 
 
 def load(path: str | os.PathLike, base: PreTrainedModel | str | None = None, verify: bool = True, **kwargs: Any) -> Contents:

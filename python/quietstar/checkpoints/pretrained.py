@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -118,12 +118,12 @@ def load_with_report(path: str | os.PathLike, allow_bin: bool = False, **kwargs:
     if file:
         # The config takes seconds to read.
         options |= {**file, "config": config, "quantization_config": GgufConfig(dequantize=True)}
-    loaded = loading(path, "model", lambda: AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options))
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = loading(path, "model", lambda: load(where, output_loading_info=True, **options))
     if file:
-        model = cast(Any, loaded)[0]
         unmark_gguf(model)
         model.name_or_path = model.config.name_or_path = path
-    return cast(Any, loaded)
+    return model, report
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike, **options: Any) -> None:

@@ -257,8 +257,10 @@ class Thinker:
         if self.marks is not None and layout.B > 1 and layout.device.type == "cpu" and not is_sharded(self.model):
             # Text by text nothing is padded to the longest, and the allocator keeps memory that it hands back if it is large.
             # Processes that share weights may have different numbers of texts, but must run the model equally often.
-            one = [slice(b, b + 1) for b in range(layout.B)]
-            each = [self.packed_states(_only(layout, b), input_ids[b], thought_ids[b], None) for b in one]
+            each = []
+            for b in (slice(b, b + 1) for b in range(layout.B)):
+                own = replace(layout, anchor=layout.anchor[b], lo=layout.lo[b], length=layout.length[b])
+                each.append(self.packed_states(own, input_ids[b], thought_ids[b], None))
             text, ahead, logprob = (torch.cat(parts) for parts in zip(*each, strict=True))
             return text, ahead, logprob
         rows = self.rows(layout, input_ids, thought_ids, lengths)
@@ -273,11 +275,6 @@ class Thinker:
         nll_base, nll_mix = self.mixed_nll(mixture, targets.mix, text[:, :-1], targets.base)
         compared = at_anchors(nll_base, inputs.layout, self.config.lookahead)
         return Predictions(text, nll_base, compared, nll_mix, mixture.weight, logprob)
-
-
-def _only(layout: ThoughtLayout, texts: slice) -> ThoughtLayout:
-    """The layout of some of the texts."""
-    return replace(layout, anchor=layout.anchor[texts], lo=layout.lo[texts], length=layout.length[texts])
 
 
 @dataclass(frozen=True, eq=False)

@@ -181,9 +181,6 @@ class ThinkingModel(GenerationMixin):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.thinker.model, name)
 
-    def __call__(self, **inputs: Any) -> CausalLMOutput:
-        return self.forward(**inputs)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> CausalLMOutput:
         """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
         if self.cache is None:
@@ -205,6 +202,8 @@ class ThinkingModel(GenerationMixin):
         for token in self.thinker.config.banned:  # one by one: a list would be copied to the device
             logits[:, token].fill_(-torch.inf)
         return CausalLMOutput(logits=logits[:, None])
+
+    __call__ = forward
 
     def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> TextCache:
         """For these prompts, which are still to be read."""

@@ -131,13 +131,10 @@ class AccuracyReport:
         return [Path(path), page]
 
     def _accuracies(self, get: Callable[[ModelAnswer], str | None]) -> dict[str, Any]:
-        modes = {name: [get(x.answers[name]) for x in self.asked] for name in self.asked[0].answers}
-        right = {
-            name: [answer == x.question.answer for answer, x in zip(answers, self.asked, strict=True)]
-            for name, answers in modes.items()
-        }
-        figures: dict[str, Any] = {}
-        for name, answers in modes.items():
+        figures, right = dict[str, Any](), dict[str, list[bool]]()
+        for name in self.asked[0].answers:
+            answers = [get(x.answers[name]) for x in self.asked]
+            right[name] = [answer == x.question.answer for answer, x in zip(answers, self.asked, strict=True)]
             low, high = wilson(sum(right[name]), len(answers))
             counts = {"right": sum(right[name]), "questions": len(answers), "unanswered": answers.count(None)}
             figures[name] = counts | {"accuracy": sum(right[name]) / len(answers), "low": low, "high": high}
