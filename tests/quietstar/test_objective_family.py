@@ -245,6 +245,14 @@ def test_the_reward_against_a_base_that_stays_or_follows(tiny, thinker, kind):
     assert all(x.grad is None for name, x in qs.named_parameters() if name.startswith("base_model."))
 
 
+@pytest.mark.parametrize("anchor_chunk", [None, 1, "auto"])
+def test_texts_without_anchors_have_no_divergence(thinker, anchor_chunk):
+    qs = thinker(kl_weight=0.1)
+    qs.anchor_chunk = anchor_chunk
+    out = qs(text(2, 10), anchors=torch.zeros(2, 0, dtype=torch.int64), seed=0)
+    assert out.base_logprob.shape == (2, 0, 2, 3) and bool(out.loss.isfinite())
+
+
 def test_a_thought_that_ends_early_pays_for_its_own_tokens(thinker):
     qs, ids = thinker(kl_weight=0.1), text(2, 10)
     whole = qs(ids, seed=0)

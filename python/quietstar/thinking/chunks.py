@@ -118,7 +118,7 @@ class AnchorChunk:
     def size(self, thinker: Thinker, layout: ThoughtLayout, parameters: Iterable[Tensor]) -> int:
         """From 1 to P. ``parameters`` are those that are trained."""
         if self.setting is None:
-            return layout.P
+            return max(1, layout.P)
         if self.setting != "auto":
             return max(1, min(int(self.setting), layout.P))
         budget = next((x for x in self._budgets if x.config == thinker.config), None)

@@ -127,7 +127,7 @@ def sample_vector_thoughts(
         whole: bool,
     ) -> tuple[Tensor, ...]:
         layout = ThoughtLayout(anchor, lo, length, T)
-        runs = layout.chunks(max(anchor_chunk, 1))
+        runs = layout.chunks(anchor_chunk)
         store = ThoughtStore(layout.select(runs[0]))
         decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), TextPass(store))
         parts: list[Thoughts] = []
