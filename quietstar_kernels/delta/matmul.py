@@ -304,6 +304,7 @@ class Rows:
         batch: int64 [A,n], of each block.
         row: int64 [A,n,b], -1 for none, which makes zeros.
         slot: int64 [B,R], the place of each row among the A * n * b, -1 for none.
+        place: int64 [A,n,b], as ``row`` among the B * R.
         full: of row and slot, whether they are known to hold no -1.
         grid: whether they are all rows in their order.
     """
@@ -311,45 +312,30 @@ class Rows:
     def __init__(self, batch: Tensor, row: Tensor, slot: Tensor):
         self.batch, self.row, self.slot = batch, row, slot
         B, R = slot.shape
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.place = torch.where(row < 0, -1, batch[..., None] * R + row)
         self.full = tuple(known(x) and bool((x >= 0).all()) for x in (row, slot))
         self.grid = known(row) and row.shape[0] == B and torch.equal(row.flatten(1), torch.arange(R).expand(B, R))
-
-    def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
-        """int64 [A,heads,n,b] and [B,heads,R] among flat rows."""
-        if heads not in self._made:
-            with torch.inference_mode(False):  # a backward saves them
-                self._made[heads] = self._make_indices(heads)
-        return self._made[heads]
-
-    def _make_indices(self, heads: int) -> tuple[Tensor, Tensor]:
-        h, R, size = torch.arange(heads, device=self.row.device)[:, None], self.slot.shape[1], self.row.shape[1:].numel()
-        row, slot = self.row[:, None], self.slot[:, None]
-        into = (self.batch[:, None, :, None] * heads + h[..., None]) * R + row
-        back = (slot // size * heads + h) * size + slot % size
-        return into.where(row >= 0, -1), back.where(slot >= 0, -1)
 
     def split(self, x: Tensor) -> Tensor:
         if self.grid:
             return x.unflatten(2, self.row.shape[1:])
-        return _Rows.apply(x, *self._indices(x.shape[1]), *self.full)
+        return _Rows.apply(x.transpose(1, 2).flatten(0, 1), self.place, self.slot, *self.full).movedim(3, 1).contiguous()
 
     def joined(self, x: Tensor) -> Tensor:
         if self.grid:
             return x.flatten(2, 3)
-        return _Rows.apply(x, *self._indices(x.shape[1])[::-1], *self.full[::-1])
+        return _Rows.apply(x.movedim(1, 3).flatten(0, 2), self.slot, self.place, *self.full[::-1]).transpose(1, 2)
 
 
 class _Rows(torch.autograd.Function):
-    """Rows [..,K] at flat places, zeros where these are -1, if any; ``back`` has the place that each row went to."""
+    """Rows of x [rows,..] at places, zeros where these are -1, if any; ``back`` has the place that each row went to."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, index: Tensor, back: Tensor, full: bool, back_full: bool) -> Tensor:
-        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        rows = flat.index_select(0, (index if full else index.clamp(min=0)).flatten()).view(*index.shape, x.shape[-1])
-        return rows if full else rows.masked_fill_((index < 0)[..., None], 0)
+        rows = x.index_select(0, (index if full else index.clamp(min=0)).flatten()).unflatten(0, index.shape)
+        return rows if full else rows.masked_fill_((index < 0)[..., None, None], 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -359,7 +345,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         index, back = ctx.saved_tensors
-        return _Rows.apply(grad, back, index, *ctx.full[::-1]), None, None, None, None
+        return _Rows.apply(grad.flatten(0, index.ndim - 1), back, index, *ctx.full[::-1]).flatten(0, back.ndim - 1), *[None] * 4
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
