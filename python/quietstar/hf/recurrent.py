@@ -91,6 +91,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+_TAKES_LAYOUTS = "_quietstar_takes_layouts"  # an attribute, which functools.wraps hands on to what a user puts around
+
+
 def _refuse_cache(state: Any) -> None:
     if state is not None:
         raise ValueError("with a thought layout there can be no cache: leave out past_key_values and set use_cache=False")
@@ -108,6 +111,7 @@ def _with_layouts(original: Callable[..., Any], ours: Callable[..., Any]) -> Cal
             raise refusal("thought_layout", "a ThoughtLayout", thought_layout)
         return ours(thought_pass, *args, **kwargs)
 
+    setattr(function, _TAKES_LAYOUTS, True)
     return function
 
 
@@ -162,6 +166,17 @@ def refuse_layouts(file: ModuleType) -> None:
             model.forward = _with_layouts(model.forward, _lost)  # type: ignore[method-assign]
 
 
+def _check_functions(layer: nn.Module) -> None:
+    """Raises ValueError if a layer's forward is not that of a file whose functions take a layout, as they are now."""
+    name = next(cls.__module__ for cls in type(layer).__mro__ if "forward" in vars(cls))  # FSDP's classes have no forward
+    if name not in FILES:
+        raise ValueError(f"{type(layer).__name__}: its forward is not transformers', and may drop the layout")
+    file = sys.modules[name]
+    for function in _FUNCTIONS:
+        if not getattr(getattr(file, function, None), _TAKES_LAYOUTS, not hasattr(file, function)):
+            raise ValueError(f"{type(layer).__name__}: {name}.{function} was replaced after quietstar was imported, not before")
+
+
 def check_layers(model: nn.Module) -> None:
     """Raises ValueError if a recurrent layer, which has a convolution, would not call its file's functions with a layout."""
     found = [(name, module) for name, module in model.named_modules() if not name.endswith(".modules_to_save")]  # peft's copies
@@ -170,6 +185,7 @@ def check_layers(model: nn.Module) -> None:
         forward = vars(layer).get("_old_forward", vars(layer).get("forward"))  # the former is that of accelerate's hooks
         if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:
             raise ValueError(f"{type(layer).__name__}: something else runs the layer, and no layout: leave out use_kernels")
+        _check_functions(layer)
     if len(layers) != convolutions(model):
         raise ValueError(f"{type(model).__name__}: a kernel replaces its recurrent layers, and takes no layout")
 

@@ -1,6 +1,7 @@
 """Hybrid models: packed rows give the logits and gradients of ordinary forwards, through every kind of recurrent layer."""
 
 import copy
+import functools
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -302,6 +303,37 @@ def test_a_layer_that_a_kernel_replaces_is_an_error(drop_in, model_type):
         with pytest.raises(ValueError, match=message):
             packed(model, inputs["thought_layout"], inputs["input_ids"], torch.zeros(1, 18, 61))
         model.set_submodule(of_layers[-1], Fused())
+
+
+@pytest.mark.parametrize("model_type", few(*FEW))
+def test_functions_and_layers_replaced_later_are_an_error(drop_in, model_type, monkeypatch):
+    """As a user replaces them, after quietstar was imported. A function that wraps ours is welcome."""
+    model, run, inputs = drop_in(model_type)
+    want, file = run(**inputs)[0], sys.modules[type(model).__module__]
+    case = inputs["thought_layout"], inputs["input_ids"], torch.zeros(1, 18, 61)
+    plain = {name: x for name, x in inputs.items() if name != "thought_layout"}
+
+    def refused(message):
+        for call in (lambda: run(**inputs), lambda: packed(model, *case)):
+            with pytest.raises(ValueError, match=message):
+                call()
+        run(**plain)
+
+    for name in [x for x in recurrent._FUNCTIONS if hasattr(file, x)]:
+        with monkeypatch.context() as patch:
+            ours = getattr(file, name)
+            patch.setattr(file, name, functools.wraps(ours)(lambda *args, _ours=ours, **kwargs: _ours(*args, **kwargs)))
+            assert torch.equal(run(**inputs)[0], want)
+            patch.setattr(file, name, ours.__wrapped__)
+            refused(f"{name} was replaced after quietstar was imported")
+    layer = next(x for x in model.modules() if any(isinstance(child, torch.nn.Conv1d) for child in x.children()))
+
+    class Mine(type(layer)):
+        def forward(self, *args, thought_layout=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    layer.__class__ = Mine
+    refused("its forward is not transformers'")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("bamba", marks=pytest.mark.long)])
