@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -25,6 +26,7 @@ class _Finder(MetaPathFinder):
         others = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec: Any = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None:
+            spec.loader = copy.copy(spec.loader)  # that of a zip file serves other modules too
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
