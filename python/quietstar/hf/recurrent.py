@@ -149,8 +149,21 @@ def _checked_mask(original: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _without_mask(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A layer's padding. In a forward with a layout a mask comes here only if the caller prepared one for each kind of layer."""
+
+    @functools.wraps(original)
+    def function(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None and given_layout() is not None:
+            raise ValueError("with a thought layout attention_mask must be None or [B,M], got a prepared mask tensor")
+        return original(hidden_states, attention_mask)
+
+    return function
+
+
 def take_layouts(file: ModuleType) -> None:
     """Replace the functions of one of transformers' files."""
+    file.apply_mask_to_padding_states = _without_mask(file.apply_mask_to_padding_states)  # type: ignore[attr-defined]
     file.create_recurrent_attention_mask = _checked_mask(file.create_recurrent_attention_mask)  # type: ignore[attr-defined]
     for name, ours in _FUNCTIONS.items():
         if original := getattr(file, name, None):
@@ -179,8 +192,9 @@ def _check_functions(layer: nn.Module) -> None:
 
 def check_layers(model: nn.Module) -> None:
     """Raises ValueError if a recurrent layer, which has a convolution, would not call its file's functions with a layout."""
-    found = [(name, module) for name, module in model.named_modules() if not name.endswith(".modules_to_save")]  # peft's copies
-    layers = [module for _, module in found if any(isinstance(child, nn.Conv1d) for child in module.children())]
+    found = (name for name, module in model.named_modules() if isinstance(module, nn.Conv1d))
+    own = [name.removesuffix(".original_module") for name in found if ".modules_to_save." not in name]  # peft's copies
+    layers = [model.get_submodule(name.rpartition(".")[0]) for name in own]
     for layer in layers:
         forward = vars(layer).get("_old_forward", vars(layer).get("forward"))  # the former is that of accelerate's hooks
         if forward is not None and getattr(forward, "__func__", None) is not type(layer).forward:

@@ -271,6 +271,11 @@ def test_a_layout_that_would_be_swallowed_is_an_error(drop_in, model_type):
     ):
         with pytest.raises(ValueError, match=message):
             run(**inputs | change)
+    if run is model:  # a mask for each kind of layer, of which attention takes none
+        masks = dict.fromkeys(("full_attention", "sliding_attention"))
+        masks |= dict.fromkeys(("linear_attention", "conv"), torch.ones(1, 18))
+        with pytest.raises(ValueError, match="got a prepared mask tensor"):
+            run(**inputs, attention_mask=masks)
 
 
 def test_layers_of_another_file_are_refused(drop_in, monkeypatch):
