@@ -150,7 +150,7 @@ def _checked_mask(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_mask(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A layer's padding. In a forward with a layout a mask comes here only if the caller prepared one for each kind of layer."""
+    """A layer's padding. With a layout a mask comes here only if the caller prepared one for each kind of layer."""
 
     @functools.wraps(original)
     def function(hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
