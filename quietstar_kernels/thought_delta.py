@@ -23,7 +23,7 @@ from .delta.matmul import finite, known
 from .layout import ThoughtLayout
 
 _OP = "thought_delta"
-BACKENDS = {"matmul": matmul, "fla": fla, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"matmul": matmul, "fla": fla, "reference": reference}
 
 
 class DeltaRows(NamedTuple):
@@ -60,7 +60,7 @@ def thought_delta(
         q: [B,G,M,K], scaled, and normalised where the model does that; [B,G,R,K] with ``text``, and so on.
         k: [B,G,M,K], H a multiple of G: head h reads key head h // (H/G).
         v: [B,H,M,E].
-        g: [B,H,M], or [B,H,M,K] with a decay for each channel; at most 0.
+        g: [B,H,M], or [B,H,M,K] with a decay for each channel; finite, at most 0.
         beta: [B,H,M], how much of the old value under a key is replaced; None writes v.
         layout: which row follows which; ``own="full"`` is refused, and so is an ``lo`` that is not the start of a document.
         text: what the text's rows left, from an earlier call. The other arguments then hold the R thought rows alone.
@@ -75,6 +75,7 @@ def thought_delta(
     check = check_arguments(_OP, q, k, v, g, beta, layout, "R" if text is not None else "M")
     if text is not None:
         check_rows(check, "text", text, "L", layout.device)
+    check.choice("backend", backend, ("auto", *BACKENDS))
     first = layout.M - v.shape[2]
     live = layout.table("recurrent rows", _recurrent_rows)
     live = None if live is None else live[:, None, first:, None]
@@ -89,8 +90,9 @@ def thought_delta(
             poisoned = _poisoned(bad, layout, text)
         q, k, v, g = rows[:4]
         past = None if text is None else DeltaRows(*map(finite, widened(text, wide_dtype)))
-        backend = fla.chosen(backend, v.device, dtype, k.shape[-1], beta is not None, past is not None)
-        out, w = backend_of(_OP, backend).thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
+        by_fla = fla.serves(backend, v.device, dtype, k.shape[-1], beta is not None, past is not None)
+        module = fla if by_fla else BACKENDS["matmul" if backend == "auto" else backend]
+        out, w = module.thought_delta(q, k, v, g, None if beta is None else rows[4], layout, past)
         if poisoned is not None:
             out = out.masked_fill((poisoned | bad_q)[..., None], torch.nan)
             w = w.masked_fill(poisoned[..., None], torch.nan)
@@ -170,8 +172,3 @@ def check_rows(check: Checker, name: str, rows: DeltaRows, letters: str, device:
     check.tensor(f"{name}.w", rows.w, f"B,H,{letters},E", FLOATS, device, "layout")
     wanted = f"B,H,{letters}" + (",K" if rows.g.ndim > rows.w.ndim - 1 else "")
     check.tensor(f"{name}.g", rows.g, wanted, FLOATS, device, "layout")
-
-
-def backend_of(op: str, name: str) -> ModuleType:
-    name = Checker(op).choice("backend", name, ("auto", *BACKENDS))
-    return BACKENDS["matmul" if name == "auto" else name]

@@ -15,7 +15,7 @@ from .delta import CHUNK, matmul
 from .delta.matmul import finite, known
 from .layout import ThoughtLayout
 from .thought_decode import check_parents
-from .thought_delta import DeltaRows, backend_of, check_arguments, check_recurrent, check_rows, columns, not_finite, widened
+from .thought_delta import DeltaRows, check_arguments, check_recurrent, check_rows, columns, not_finite, widened
 
 _OP = "thought_delta_decode"
 
@@ -32,7 +32,6 @@ def thought_delta_decode(
     own: DeltaRows | Tensor,
     layout: ThoughtLayout,
     step: int | Tensor,
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Row ``step`` of all C = P*N branches at once, as ``thought_delta`` would compute it.
 
@@ -48,16 +47,14 @@ def thought_delta_decode(
             state of each branch, [B,H,C,K,E] from ``anchor_states``, which changes in place; not for trees.
         layout: which row follows which, as in ``thought_delta``.
         step: 0 to S-1; an int, or a 0-d int32 or int64 tensor on the same device.
-        backend: "auto", "matmul" or "reference".
 
     Returns:
         out [B,H,C,E] in v's dtype, and w [B,H,C,E]; both 0 where the row is off.
 
     Raises:
-        ValueError: an argument with the wrong shape, dtype, device or range, or a back end that can't run.
+        ValueError: an argument with the wrong shape, dtype, device or range.
     """
     check = check_arguments(_OP, q, k, v, g, beta, layout, "P*N")
-    backend = check.choice("backend", backend, ("auto", "matmul", "reference"))
     layout.table("recurrent layout", lambda layout: check_recurrent(_OP, layout))
     device, H = layout.device, v.shape[1]
     check_rows(check, "text", text, "L", device)
@@ -91,7 +88,7 @@ def thought_delta_decode(
             found = matmul.spread(x, H) @ own
         else:
             kept, seen = _above(widened(own, wide), layout, step)
-            found = backend_of(_OP, backend).read_rows(x, g, widened(text, wide), states.to(wide), kept, seen, layout)
+            found = matmul.read_rows(x, g, widened(text, wide), states.to(wide), kept, seen, layout)
             if layout.L:
                 anchor = layout.branches.table[..., ANCHOR].long().clamp(min=0)
                 last = text.w.gather(2, anchor[:, None, :, None].expand(-1, H, -1, v.shape[3]))

@@ -48,14 +48,14 @@ def why_not(
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it instead of tracing it
 
 
-def chosen(backend: str, *call: Any) -> str:
-    """``backend``, or "fla" for "auto" if that is asked for and serves ``call``, as ``why_not`` takes it. Raises ValueError."""
+def serves(backend: str, *call: Any) -> bool:
+    """Whether this is asked for ``call``, as ``why_not`` takes it, and can serve. Raises ValueError if only it is asked."""
     if backend != "fla" and (backend != "auto" or os.environ.get("QUIETSTAR_FLA") != "1"):
-        return backend
+        return False
     reason = why_not(*call)
     if reason is not None and backend == "fla":
         raise ValueError(f"thought_delta: backend 'fla' is not available: {reason}")
-    return "fla" if reason is None else backend
+    return reason is None
 
 
 def thought_delta(

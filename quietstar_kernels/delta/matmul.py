@@ -111,7 +111,7 @@ def chunk_masks(lo: Tensor) -> Tensor:
 
 def known(x: Tensor) -> bool:
     """Whether tables may be made for its values: nothing waits for them, and no compiled function keeps them."""
-    return on_host(x) and not torch.compiler.is_compiling()
+    return on_host(x) and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _causal(rows: int, device: torch.device) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..branches import ANCHOR
 from ..layout import ThoughtLayout
 
 
@@ -49,28 +48,3 @@ def thought_delta(
     out, w = (v.new_zeros(v.shape).index_copy(0, order, torch.cat(x)) for x in (outs, writes))
     out, w = (x.unflatten(0, (B, layout.M))[:, first:].transpose(1, 2) for x in (out, w))
     return out, w
-
-
-def read_rows(x: Tensor, g: Tensor, text: tuple, states: Tensor, own: tuple, seen: Tensor, layout: ThoughtLayout) -> Tensor:
-    """What x [B,G,C,n,K] reads of the state before a row of each branch, after its decay g [B,H,C,1 or K]: [B,H,C,n,E].
-
-    ``text`` and ``own`` hold k, w and g of the text's rows and of those on the branches' paths, of which ``seen`` [B,C,S] are
-    above the row.
-    """
-    H, B = g.shape[1], torch.arange(layout.B, device=g.device)[:, None]
-    k, w, g_text = (y.where(y.isfinite(), 0) for y in text)
-    k = k.repeat_interleave(H // k.shape[1], 1)
-    S = w.new_zeros(*w.shape[:2], k.shape[-1], w.shape[-1])
-    after = [S]
-    for t in range(layout.L):
-        S = S * (layout.lo[:, t] < t)[:, None, None, None]
-        S = S * g_text[:, :, t, :, None].exp() + k[:, :, t, :, None] * w[:, :, t, None]
-        after.append(S)
-    anchor = layout.branches.table[..., ANCHOR].long()
-    S = torch.stack(after, 1)[B, anchor + 1].transpose(1, 2)
-    k, w, g_own = own
-    k = k.repeat_interleave(H // k.shape[1], 1)
-    for s in range(k.shape[3]):
-        new = S * g_own[:, :, :, s, :, None].exp() + k[:, :, :, s, :, None] * w[:, :, :, s, None]
-        S = new.where(seen[:, None, :, s, None, None], S)
-    return x.repeat_interleave(H // x.shape[1], 1) @ (S * g[..., None].exp())
