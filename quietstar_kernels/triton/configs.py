@@ -3,8 +3,8 @@
 Those of attention and decoding for sm_90 in 16 bit are the fastest on an H200 (``python -m benchmarks.gpu.tiles``).
 
 A table maps (target, bytes per element, largest width it serves) to a ``Config``; ``pick`` takes the narrowest that fits, and
-where a target has none for this size of elements, that of sm_80. The tiles of "interpreter" are small, so that tests of small
-inputs cross many tile edges.
+where a target has none for this size of elements or this width, that of sm_80. The tiles of "interpreter" are small, so that
+tests of small inputs cross many tile edges.
 """
 
 from __future__ import annotations
@@ -106,13 +106,11 @@ ATTENTION_FORWARD: Table = {
     ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 8, maxnreg=255),
     ("sm_100", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 4}, num_warps=8),
-    ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("gfx942", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("gfx942", 2, 256): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 4}),
     ("gfx942", 4, 64): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("gfx942", 4, 128): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("gfx942", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
 }
 
 # For texts of more than LONG_TEXT tokens: edges are a smaller part of a tile's keys.
@@ -157,8 +155,6 @@ ATTENTION_BACKWARD_QUERIES: Table = {
     ("sm_100", 2, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 8, 3, maxnreg=255),
     ("sm_100", 2, 256): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
-    ("sm_100", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}),
-    ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, num_warps=8),
     ("gfx942", 2, 64): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("gfx942", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
@@ -191,7 +187,6 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("sm_90", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, 8, 3),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("sm_100", 2, 128): Config({"BLOCK_N": 128, "BLOCK_M": 32, "SLICES": 1}, num_warps=8, num_stages=3),
     ("sm_100", 2, 256): Config({"BLOCK_N": 128, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("gfx942", 2, 128): Config({"BLOCK_N": 64, "BLOCK_M": 16, "SLICES": 1}),
@@ -211,11 +206,8 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("sm_90", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}),
     ("sm_90", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
     ("sm_90", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, num_warps=8),
-    ("sm_90", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
-    ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
-    ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8),
 }
 
 # linear_logprob reads fp32 logits whatever the model's dtype: BLOCK_R rows, BLOCK_V ids at a time in a loop along the rows.
@@ -270,7 +262,6 @@ THOUGHT_DECODE: Table = {
     ("sm_100", 2, 256): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, maxnreg=255),
     ("sm_100", 4, 64): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}),
     ("sm_100", 4, 128): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 8}, maxnreg=255),
-    ("sm_100", 4, 256): Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_EDGE": 16, "SLICES": 16}, num_warps=8),
     ("gfx942", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8, num_stages=1),
     ("gfx942", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_warps=8),
     ("gfx942", 2, 256): Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_EDGE": 16, "SLICES": 1}, num_stages=1),
