@@ -167,8 +167,10 @@ def text_backward(
         wide_ones = _equal_widths(grad_out, q, k, v, out)
         dq, dk, dv = _flash_backward(*wide_ones, lse, 0.0, False, attn_mask=chunk.mask, scale=options.scale)
         return dq[..., :K].unflatten(2, rows), dk[..., :K], dv[..., :E]
-    masks = chunk.mask.expand(len(q), -1, -1, -1)
-    served = [plain_backward(grad_out[b], q[b], k[b], v[b], delta[b], lse[b], masks[b], options) for b in range(len(q))]
+    served = []
+    for b, mask in enumerate(chunk.mask.expand(len(q), -1, -1, -1)):
+        p, ds = plain_gradients(grad_out[b], q[b], k[b], v[b], delta[b], lse[b], mask, options)
+        served.append((ds @ k[b], ds.mT @ q[b], p.mT @ grad_out[b]))
     dq, dk, dv = (torch.stack(x) for x in zip(*served, strict=True))
     return dq.unflatten(2, rows), dk, dv
 
@@ -184,7 +186,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Attenti
     return p.div_(total) @ v, (top + total.log_())[..., 0]
 
 
-def plain_backward(
+def plain_gradients(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -193,8 +195,8 @@ def plain_backward(
     lse: Tensor,
     mask: Tensor | None,
     options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
+) -> tuple[Tensor, Tensor]:
+    """The weights, and the gradient of q k^T, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
     scores = scores_of(q, k, options)
     slope = None if options.softcap is None else 1 - (scores / options.softcap) ** 2
     if mask is not None:
@@ -203,7 +205,7 @@ def plain_backward(
     ds = (grad_out @ v.transpose(-1, -2)).sub_(delta[..., None]).mul_(p).mul_(options.scale)
     if slope is not None:
         ds *= slope
-    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad_out
+    return p, ds
 
 
 def join(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:

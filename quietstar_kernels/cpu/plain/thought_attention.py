@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from ._text import (
     dense,
     join,
     per_head,
+    plain_gradients,
     scores_of,
     sees_text,
     split,
@@ -101,19 +102,9 @@ def thought_attention_backward(
         grad_out, q, out = (x.masked_fill(dropped[..., None], 0) for x in (grad_out, q, out))
         lse, delta = lse.masked_fill(dropped, math.inf), delta.masked_fill(dropped, 0)
     own = slice(q.shape[2] - branches.R, None)  # the branch rows, among the query rows
-    own_backward(
-        grad_out[:, :, own],
-        q[:, :, own],
-        k[:, :, L:],
-        v[:, :, L:],
-        delta[:, :, own],
-        lse[:, :, own],
-        dq[:, :, own],
-        dk[:, :, L:],
-        dv[:, :, L:],
-        branches,
-        options,
-    )
+    own_rows = (x[:, :, own] for x in (grad_out, q, delta, lse, dq))
+    own_keys = (x[:, :, L:] for x in (k, v, dk, dv))
+    own_backward(own_rows, own_keys, branches, options)
     dk_text, dv_text = torch.zeros_like(k_text), torch.zeros_like(v_text)
     for chunk in chunks(branches, q.shape[2], options.window, q.shape[1] // G, lse.dtype):
         g, rows, o, d, l = (split(wide(x[:, :, chunk.rows]), G) for x in (grad_out, q, out, delta, lse))
@@ -214,30 +205,16 @@ def own_forward(
         block.rows_of(lse).copy_((top + total.log_())[..., 0])
 
 
-def own_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    branches: Branches,
-    options: AttentionOptions,
-) -> None:
-    """Writes dq, and adds dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out)."""
+def own_backward(rows: Iterable[Tensor], keys: Iterable[Tensor], branches: Branches, options: AttentionOptions) -> None:
+    """Writes dq, and adds dk, dv of the own rows, from the joint ``lse`` and ``delta`` = rowsum(grad_out * joint out).
+
+    ``rows``: grad_out, q, delta, lse and dq of the branch rows [B,H,R,...]; ``keys``: their k, v, dk and dv [B,G,R,...].
+    """
+    grad_out, q, delta, lse, dq = rows
+    k, v, dk, dv = keys
     for block in _blocks(branches, q.shape[1], k.shape[1], options.window, lse):
         g3, q3, k3, v3 = (wide(x) for x in (block.rows_of(grad_out), block.rows_of(q), block.keys_of(k), block.keys_of(v)))
-        scores = scores_of(q3, k3, options)
-        slope = None if options.softcap is None else 1 - (scores / options.softcap) ** 2
-        if block.mask is not None:
-            scores += block.mask
-        p = scores.sub_(block.rows_of(lse)[..., None]).exp_()
-        ds = torch.bmm(g3, v3.transpose(1, 2)).sub_(block.rows_of(delta)[..., None]).mul_(p).mul_(options.scale)
-        if slope is not None:
-            ds *= slope
+        p, ds = plain_gradients(g3, q3, k3, v3, block.rows_of(delta), block.rows_of(lse), block.mask, options)
         torch.bmm(ds, k3, out=block.rows_of(dq))
         block.add_to_keys(dk, ds, q3)
         block.add_to_keys(dv, p, g3)
