@@ -6,9 +6,8 @@ differentiate it, and its forward-mode derivatives are silently zero.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,19 +64,6 @@ def operator(
 
     LIBRARY.impl(name, autograd, "Autograd")
     return op
-
-
-def flat(record: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a function that takes ``*arguments``: its schema has the fields of ``record``, a NamedTuple."""
-
-    def with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind, annotation=x) for name, x in get_type_hints(record).items()]
-        returned = get_type_hints(function)["return"]
-        function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-        return function
-
-    return with_signature
 
 
 def _gradient(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._operator import call, flat, operator
+from ._operator import call, operator
 from ._options import AttentionOptions
 from .branches import Branches
 from .checks import FLOATS, Checker, check_attention, check_instance, under_autocast
@@ -105,41 +105,16 @@ def thought_attention(
     branches = layout.branches
     backend = _dispatch.choose(_OP, backend, device, q.dtype, K=check["K"], E=check["E"])
     tensors = q, k, v, *branches[:3], branches.tree, branches.path, sinks
-    out, lse = call(_forward, *AttentionInputs(*tensors, branches.full, scale, window, softcap, backend))
+    out, lse = call(_forward, *tensors, branches.full, scale, window, softcap, backend)
     return (out, lse) if return_lse else out
 
 
-class AttentionInputs(NamedTuple):
-    """What the operator takes, in the order of its schema; see ``Branches`` and ``AttentionOptions``."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lo: Tensor
-    table: Tensor
-    of_row: Tensor
-    tree: Tensor | None
-    path: Tensor | None
-    sinks: Tensor | None
-    full: bool
-    scale: float
-    window: int | None
-    softcap: float | None
-    backend: str
-
-    @property
-    def branches(self) -> Branches:
-        return Branches(self.lo, self.table, self.of_row, self.full, self.tree, self.path)
-
-    @property
-    def options(self) -> AttentionOptions:
-        return AttentionOptions(self.scale, self.window, self.softcap, self.sinks)
-
-
-@flat(AttentionInputs)
-def _thought_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
-    x = AttentionInputs(*inputs)
-    out, lse = _dispatch.run(_OP, x.backend, x.q, x.k, x.v, x.branches, x.options)
+def _thought_attention(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, table: Tensor, of_row: Tensor, tree: Tensor | None, path: Tensor | None,
+    sinks: Tensor | None, full: bool, scale: float, window: int | None, softcap: float | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    branches, options = Branches(lo, table, of_row, full, tree, path), AttentionOptions(scale, window, softcap, sinks)
+    out, lse = _dispatch.run(_OP, backend, q, k, v, branches, options)
     return out, lse
 
 
@@ -192,14 +167,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
-    *tensors, out, lse = ctx.saved_tensors
-    inputs = AttentionInputs(*tensors, *ctx.rest)
+    q, k, v, *layout, sinks, out, lse = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * len(inputs)
+        return (None,) * len(ctx.needs_input_grad)
     if grad_out is None:
         grad_out = out.new_zeros(out.shape)
-    dq, dk, dv, dsinks = call(_backward, grad_out, *inputs[:3], out, lse, *inputs[3:], grad_lse)
-    return dq, dk, dv, *[None] * 5, None if inputs.sinks is None else dsinks, *[None] * len(ctx.rest)
+    dq, dk, dv, dsinks = call(_backward, grad_out, q, k, v, out, lse, *layout, sinks, *ctx.rest, grad_lse)
+    return dq, dk, dv, *[None] * len(layout), None if sinks is None else dsinks, *[None] * len(ctx.rest)
 
 
 _INSTEAD = "quietstar_kernels.testing.plain_attention has all, in dense PyTorch"
