@@ -31,11 +31,11 @@ class Head(NamedTuple):
 
     @property
     def factors(self) -> tuple[float, float | None]:
-        """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x if outer is None."""
-        scale = 1.0 if self.scale is None else self.scale
+        """(inner, outer) of a final logit, outer * tanh(inner * x), or inner * x if outer is None; for temperature 0, at 1."""
+        scale, temperature = 1.0 if self.scale is None else self.scale, self.temperature or 1.0
         if self.softcap is None:
-            return scale / self.temperature, None
-        return scale / self.softcap, self.softcap / self.temperature
+            return scale / temperature, None
+        return scale / self.softcap, self.softcap / temperature
 
     @property
     def overflows(self) -> bool:

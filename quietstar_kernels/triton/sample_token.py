@@ -36,13 +36,15 @@ TINY = tl.constexpr(1e-30)
 def sample_token(hidden: Tensor, head: Head, counters: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """Implements ``reference.sample_token``."""
     hidden, head = head.with_positive_scale(hidden)
-    weight, bias, scale, softcap, temperature, banned = head
+    weight, bias, _, _, temperature, banned = head
     R, V = hidden.shape[0], weight.shape[0]
     ids, logprob = hidden.new_empty(R, dtype=torch.int64), hidden.new_empty(R, dtype=torch.float32)
     if R == 0:
         return ids, logprob
     hidden, weight = _aligned(hidden), _aligned(weight)
-    inner, unit = _factors(scale, softcap, temperature or 1.0)
+    factor, outer = head.factors
+    # A final logit in bits is unit * tanh(inner * x), or unit * x where inner is None.
+    inner, unit = (None, factor * BITS.value) if outer is None else (factor, outer * BITS.value)
 
     config = pick(SAMPLE_TOKEN, hidden.dtype.itemsize, R)
     row_tiles, tiles = cdiv(R, config.blocks["BLOCK_R"]), cdiv(V, config.blocks["BLOCK_V"])
@@ -83,13 +85,6 @@ def _shift(weight: Tensor, bias: Tensor | None, banned: list[int], size: int) ->
     for token in banned:
         shift[token].sub_(math.inf)
     return shift
-
-
-def _factors(scale: float | None, softcap: float | None, temperature: float) -> tuple[float | None, float]:
-    """(inner, unit): a final logit in bits is unit * tanh(inner * x), or unit * x where inner is None."""
-    scale = 1.0 if scale is None else float(scale)
-    inner, outer = (None, scale) if softcap is None else (scale / softcap, softcap)
-    return inner, outer / temperature * BITS.value
 
 
 def _aligned(x: Tensor) -> Tensor:
