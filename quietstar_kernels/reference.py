@@ -152,8 +152,20 @@ def linear_logprob_backward(
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of hidden, weight and bias, each None if it isn't ``wanted``."""
-    weight = head.weight
-    d = logprob_grad(final_logits(hidden, head), linear(hidden, head), targets, grad_logprob, grad_entropy, saved, head)
+    weight, logits = head.weight, final_logits(hidden, head)
+    logp = logits - saved.largest[:, None] - saved.log_total[:, None]
+    p = logp.exp()
+    g = torch.where(targets != -100, grad_logprob, 0).to(p.dtype)[:, None]
+    d = -g * p  # of hidden weight^T + bias, once all factors are applied
+    d.scatter_add_(1, targets.clamp(min=0)[:, None], g.masked_fill(targets[:, None] < 0, 0))
+    if grad_entropy is not None:
+        finite = torch.where(torch.isinf(logp), 0, logp)
+        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + saved.entropy[:, None])
+    d = torch.where(torch.isinf(logits), 0, d) / head.temperature
+    if head.softcap is not None:
+        d = d * (1 - torch.tanh(linear(hidden, head) / head.softcap) ** 2)
+    if head.scale is not None:
+        d = d * head.scale
     dhidden = (d @ wide(weight)).to(hidden.dtype) if wanted[0] else None
     dweight = (d.T @ wide(hidden)).to(weight.dtype) if wanted[1] else None
     return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
@@ -172,25 +184,6 @@ def final_logits(hidden: Tensor, head: Head) -> Tensor:
     logits = _softcap(linear(hidden, head), head.softcap)
     logits[:, head.banned] = -math.inf
     return logits if head.temperature == 1 else logits / head.temperature
-
-
-def logprob_grad(
-    logits: Tensor, raw: Tensor, targets: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None, saved: Saved, head: Head
-) -> Tensor:
-    """Gradient of the loss with respect to hidden weight^T + bias, [rows,V], from final and raw (uncapped) logits."""
-    logp = logits - saved.largest[:, None] - saved.log_total[:, None]
-    p = logp.exp()
-    kept = targets != -100
-    g = torch.where(kept, grad_logprob, 0).to(p.dtype)[:, None]
-    d = -g * p
-    d.scatter_add_(1, targets.clamp(min=0)[:, None], g.masked_fill(targets[:, None] < 0, 0))
-    if grad_entropy is not None:
-        finite = torch.where(torch.isinf(logp), 0, logp)
-        d -= grad_entropy.to(p.dtype)[:, None] * p * (finite + saved.entropy[:, None])
-    d = torch.where(torch.isinf(logits), 0, d) / head.temperature
-    if head.softcap is not None:
-        d = d * (1 - torch.tanh(raw / head.softcap) ** 2)
-    return d if head.scale is None else d * head.scale
 
 
 def block_state(logits: Tensor) -> tuple[Tensor, Tensor]:
