@@ -235,6 +235,7 @@ def tensor(
 
 _NAMES = {int: "an integer", float: "a finite number", bool: "True or False", str: "text", type(None): "None"}
 _MISSING = object()
+_hints = cache(get_type_hints)
 
 
 def check_types(owner: str, config: Any, infinite: Sequence[str] = ()) -> None:
@@ -255,11 +256,6 @@ def check_types(owner: str, config: Any, infinite: Sequence[str] = ()) -> None:
         if isinstance(found, str):
             unicode(f"{owner}: {field.name}", found)
         object.__setattr__(config, field.name, found)
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _kinds(hint: Any) -> list[Any]:

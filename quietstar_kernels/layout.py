@@ -651,11 +651,7 @@ def _check_values(anchor: Tensor, lo: Tensor, length: Tensor, rows: int, packed:
 def _refuse(wrong: Tensor, rule: str, tensor: Tensor, bound: int | None = None) -> None:
     if bound is not None and _is_known(bound):
         rule += f"={bound}"
-
-    def place() -> str:
-        return f", broken at {wrong.nonzero()[0].tolist()} of shape {list(tensor.shape)}"
-
-    refuse_where(wrong, f"{OP}: {rule}", place)
+    refuse_where(wrong, f"{OP}: {rule}", lambda: f", broken at {wrong.nonzero()[0].tolist()} of shape {list(tensor.shape)}")
 
 
 def _is_known(size: int) -> bool:

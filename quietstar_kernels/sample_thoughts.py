@@ -61,8 +61,7 @@ def sample_thoughts(
     check_instance(_OP, "layout", layout, ThoughtLayout)
     check = Checker(_OP, B=layout.B, L=layout.L)
     check_steps(check, layout.own)
-    if layout.packed_rows is not None:
-        raise check.fail("the layout must be a grid of P*N thoughts, got a packed one")
+    layout._grid_only(check)
     check.tensor("input_ids", input_ids, "B,L", INTEGERS, layout.device, "layout")
     T = check.integer("thought_tokens", thought_tokens, 1, layout.S, f"from 1 to the layout's rows S={layout.S}")
     start_id = check.integer("start_id", start_id, 0)
