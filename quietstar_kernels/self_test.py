@@ -42,6 +42,7 @@ WORKERS = {"cuda": 8}  # rows at a time: on a GPU nearly all the time is spent c
 ROW = "{:<18} {:<10} {:<9} {:>5} {:>6} {:>8}  {}"
 MEAN_ULPS = {torch.float32: 64, torch.float16: 2, torch.bfloat16: 2}  # correct back ends reach 5, and 0.5 in 16 bits
 TEXT = 160  # positions of the text in FIRST_USE: several blocks of any kernel
+R, D = 64, 64  # rows and width of hidden states
 SEED = 33  # with this one no draw of ``sampling`` is a close call, so every back end must draw the same
 
 
@@ -99,21 +100,19 @@ def sampling(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    rows: int = 64,
-    width: int = 64,
     vocabulary: int = 1000,
     temperature: float = 1.0,
     **options: Any,
 ) -> float:
     """``sample_token``: the ids that the reference draws in fp64, and their log-probabilities."""
-    inputs = exact_inputs(rows, width, vocabulary)
+    inputs = exact_inputs(R, D, vocabulary)
     cast = {d: {name: x.to(d) if x.is_floating_point() else x for name, x in inputs.items()} for d in (dtype, torch.float64)}
     op: Callable[..., Any] = partial(sample_token, seed=SEED, temperature=temperature, **options)
     got, logprob = _on(device, partial(op, backend=backend), (torch.int64, torch.float32))(**cast[dtype])
     ids, _ = op(**cast[torch.float64], backend="reference")
     if differ := int((got != ids).sum()):
         row = int((got != ids).nonzero()[0])
-        raise AssertionError(f"{differ} of {rows} ids are not the reference's, row {row}: got {got[row]}, want {ids[row]}")
+        raise AssertionError(f"{differ} of {R} ids are not the reference's, row {row}: got {got[row]}, want {ids[row]}")
 
     options["temperature"] = temperature or 1.0
 
@@ -135,8 +134,6 @@ def logprob(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    rows: int = 64,
-    width: int = 64,
     vocabulary: int = 1000,
     backward: bool = True,
     banned: Sequence[int] = (),
@@ -144,8 +141,8 @@ def logprob(
 ) -> float:
     """``linear_logprob`` with entropy, and with ``backward`` the gradients of hidden, weight and bias."""
     generator = torch.Generator().manual_seed(SEED)
-    inputs = testing.logprob_inputs(generator, rows, width, vocabulary, bias=True, banned=banned, dtype=dtype)
-    grads = list(torch.randn(2, rows, generator=generator)) if backward else []
+    inputs = testing.logprob_inputs(generator, R, D, vocabulary, bias=True, banned=banned, dtype=dtype)
+    grads = list(torch.randn(2, R, generator=generator)) if backward else []
     op = _on(device, partial(linear_logprob, return_entropy=True, backend=backend), (torch.float32, torch.float32))
     return _worst(op, testing.plain_logprob, inputs, grads, banned=banned, **options)
 
