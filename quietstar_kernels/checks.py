@@ -377,6 +377,13 @@ class Checker:
             tensors.append(ids.to(HOST, torch.int64))
         return tensors
 
+    def banned(self, value: Any) -> list[int]:
+        """Ids of any integer type, sorted and without duplicates."""
+        try:
+            return sorted({operator.index(token) for token in value})
+        except TypeError:
+            raise self.fail(f"banned must be a sequence of ids, got {shown(value)}") from None
+
     def last_strides_one(self, **tensors: Tensor) -> None:
         for name, value in tensors.items():
             if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
@@ -486,10 +493,7 @@ def check_head(
         raise check.fail("weight must have at least one row, V=0")
     if type(banned) is tuple and not banned:
         return scale, softcap, []
-    try:
-        ids = sorted({operator.index(token) for token in banned})
-    except TypeError:
-        raise check.fail(f"banned must be a sequence of ids, got {shown(banned)}") from None
+    ids = check.banned(banned)
     if ids and not (0 <= ids[0] and ids[-1] < check["V"]):
         raise check.fail(f"banned ids must be from 0 to V-1={check['V'] - 1}, got {shown(ids)}")
     if len(ids) == check["V"]:

@@ -5,7 +5,6 @@ Functions that communicate are collective: all ranks of the group call them in t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal, overload
@@ -83,10 +82,7 @@ def vocab_parallel_logprob(
         bias, *_ = _shard(check, bias, None, None, "bias")
     weight, first_id, group = _shard(check, weight, first_id, group)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
-    try:
-        ids = sorted({operator.index(token) for token in banned})
-    except TypeError:
-        raise check.fail(f"banned must be a sequence of ids, got {shown(banned)}") from None
+    ids = check.banned(banned)
     if ids and ids[0] < 0:
         raise check.fail(f"banned ids must be from 0, got {shown(ids)}")
     check.tensor("hidden", hidden, "R,D", FLOATS)
