@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, its links lead somewhere, its tables are those of the code."""
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -122,6 +123,16 @@ class Prints:
             comment = re.search(r"^ *print\(.*\)  # (.+)", text)
             if comment and not comment[1].startswith(EXAMPLE) and self.printed.get(line, "").rstrip("\n") != comment[1]:
                 yield f"{page_id(page)}, line {line}, prints {self.printed.get(line, '')!r}"
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
+def test_what_code_imports_is_there(page):
+    """At once, where the code itself takes too long for `make test`."""
+    nodes = [node for _, code in blocks(page, "python") for node in ast.walk(ast.parse(code))]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("quietstar"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names), f"{page_id(page)}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize(

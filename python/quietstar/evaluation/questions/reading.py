@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from quietstar.data.rows import Asked, question_and_answer
 from quietstar.data.sources import rows, sources
@@ -52,14 +53,19 @@ def read_questions(source: str, split: str = "test", limit: int | None = None) -
     unicode("split", split)
     limit = None if limit is None else integer("limit", limit, 1, sys.maxsize)
     found = (row for name in sources(source) for row in rows(name, split, limit))
-    questions = [question_of(question_and_answer(row, where), where) for where, row in islice(found, limit)]
+    questions = [parse(row, where) for where, row in islice(found, limit)]
     if not questions:
         raise ValueError(f"{source}: there is no question in it")
     return questions
 
 
+def parse(row: Any, where: str) -> Question:
+    """The question in a row of the data. Raises ValueError if the row is invalid; its message begins with ``where``."""
+    return question_of(question_and_answer(row, where), where)
+
+
 def question_of(asked: Asked, where: str) -> Question:
-    """The question in a row that was read. Raises ValueError if its answer is none; the message begins with ``where``."""
+    """As ``parse``, for a row that was read."""
     if asked.choices:
         return Question(asked.text, asked.choices, asked.answer, asked.answer, asked.system)
     written = written_answer(asked.answer)
