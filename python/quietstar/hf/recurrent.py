@@ -187,7 +187,7 @@ def _check_functions(layer: nn.Module) -> None:
     file = sys.modules[name]
     for function in _FUNCTIONS:
         if not getattr(getattr(file, function, None), _TAKES_LAYOUTS, not hasattr(file, function)):
-            raise ValueError(f"{type(layer).__name__}: {name}.{function} was replaced after quietstar was imported, not before")
+            raise ValueError(f"{name}.{function} was replaced after quietstar was imported: do so before")
 
 
 def check_layers(model: nn.Module) -> None:
