@@ -41,7 +41,7 @@ exec sleep 300
 exec {sys.executable} {HERE / "grpo_on_cpus.py"} "$@"
 """,
 }
-SLURM = {"SLURM_JOB_NODELIST": "nodes", "SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "2"}
+SLURM = {"SLURM_JOB_NODELIST": "nodes", "SLURM_JOB_ID": "8", "SLURM_NTASKS_PER_NODE": "2"}
 OPTIONS = "--data data.jsonl --output_dir run --max_steps 5 --use_cpu --bf16 false --per_device_train_batch_size 4 "
 OPTIONS += "--num_generations 4 --max_completion_length 5 --learning_rate 1e-2 --logging_steps 1 --ddp_timeout 60"
 
@@ -80,7 +80,7 @@ def test_it_stops_at_the_warning_and_goes_on(folder):
 
     first = submit()
     assert first.returncode == 75 and [(folder / f"server-of-{rank}").read_text() for rank in range(2)] == ["other"] * 2
-    assert (folder / "scontrol.log").read_text() == "requeue 7\n"
+    assert (folder / "scontrol.log").read_text() == "requeue 8\n"
     assert sorted((folder / "srun.log").read_text().splitlines()) == ["1 on other", "2 on 127.0.0.1"]
     served = (folder / "vllm.log").read_text()
     assert served.startswith("dev mode 1: serve model --tensor-parallel-size 2 --weight-transfer-config")
@@ -91,7 +91,7 @@ def test_it_stops_at_the_warning_and_goes_on(folder):
     assert submit().returncode == 0
     state = json.loads((folder / "run/checkpoint-5/trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "reward" in line] == [1, 2, 3, 4, 5]
-    assert (folder / "run/tracker-id").read_text() == number and (folder / "scontrol.log").read_text() == "requeue 7\n"
+    assert (folder / "run/tracker-id").read_text() == number and (folder / "scontrol.log").read_text() == "requeue 8\n"
     AutoModelForCausalLM.from_pretrained("run")
     before, after = load_file("model/model.safetensors"), load_file("run/model.safetensors")
     assert before.keys() == after.keys() and all((after[name] - before[name]).abs().max() > 0 for name in before)
