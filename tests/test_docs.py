@@ -1,6 +1,5 @@
 """The documentation is true: its code runs, its links lead somewhere, its tables are those of the code."""
 
-import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -14,6 +13,7 @@ import pytest
 import quietstar
 from quietstar import ThoughtConfig
 from quietstar_kernels import backends
+from tests.test_layers import missing
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -126,13 +126,8 @@ class Prints:
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
-def test_what_code_imports_is_there(page):
-    """At once, where the code itself takes too long for `make test`."""
-    nodes = [node for _, code in blocks(page, "python") for node in ast.walk(ast.parse(code))]
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("quietstar"):
-            module = importlib.import_module(node.module)
-            assert all(hasattr(module, name.name) for name in node.names), f"{page_id(page)}: {ast.unparse(node)}"
+def test_what_code_uses_is_there(page):
+    assert not [x for line, code in blocks(page, "python") for x in missing(code, f"{page_id(page)}, block at {line}")]
 
 
 @pytest.mark.parametrize(
