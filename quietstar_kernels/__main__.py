@@ -12,6 +12,7 @@ import torch
 from . import __version__, _dispatch, cpu_library, cuda_library, self_test
 from .cpu.products import cpu_products
 from .linear_logprob import default_keep_bytes
+from .triton import gluon_is_on, gluon_why_not_on
 
 OF_RECURRENT = ("pytorch", "matmul", "fla")
 
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ops = list(self_test.BACKENDS)
     checking.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"only some of {', '.join(ops)}")
     args = parser.parse_args(argv)
+    try:
+        gluon_is_on()
+    except ValueError as error:
+        parser.error(str(error))
     if args.command is None:
         show_backends()
         return 0
@@ -51,8 +56,21 @@ def show_backends() -> None:
         for op, names in self_test.BACKENDS.items():
             for name in names:
                 print(f"  {op:<18} {name:<10} {self_test.why_not(op, name, torch.device(device)) or 'available'}")
+        show_attention(torch.device(device), "  ")
         kept = default_keep_bytes(torch.device(device)) / 2**20
         print(f"  linear_logprob keeps logits for its backward up to {kept:,.0f} MiB")
+
+
+def show_attention(device: torch.device, indent: str = "") -> None:
+    """Whose kernels the back end "triton" runs, and why not the others."""
+    if self_test.why_not("thought_attention", "triton", device):
+        return
+    if reason := gluon_why_not_on(device):
+        print(f"{indent}attention: Triton's kernels; Gluon's do not run here: {reason}")
+    elif gluon_is_on():
+        print(f"{indent}attention: Gluon's kernels for heads of 64 and of 128 in 16 bits, else Triton's")
+    else:
+        print(f"{indent}attention: Triton's kernels; QUIETSTAR_GLUON=1 turns on Gluon's for heads of 64 and of 128 in 16 bits")
 
 
 def show_versions() -> None:
@@ -84,6 +102,7 @@ def run_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if not has_gpu:
         print("PyTorch finds no GPU here: this checks what runs on the CPU.")
     print(f"\n{name} ({device_name(name)})")
+    show_attention(device)
     return 0 if self_test.check(device, wanted, args.op) else 1
 
 

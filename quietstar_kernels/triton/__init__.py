@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 
@@ -42,3 +44,35 @@ def _why_not_gpu(device: torch.device) -> str | None:
         return None if name in AMD else f"it needs one of {', '.join(AMD)}, {device} is {name}"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"it needs compute capability 8.0 or later, {device} has {major}.{minor}"
+
+
+def gluon_is_on() -> bool:
+    """Whether QUIETSTAR_GLUON asks for the kernels in Gluon. Raises ValueError if it is neither 0, the default, nor 1."""
+    wanted = os.environ.get("QUIETSTAR_GLUON", "0")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"QUIETSTAR_GLUON must be 0 or 1, got {wanted!r}")
+    return wanted == "1"
+
+
+@functools.cache
+def gluon_why_not(target: str, dtype: torch.dtype | None = None, K: int | None = None, E: int | None = None) -> str | None:
+    """None if attention's kernels in Gluon serve GPUs of ``target`` with this dtype and widths; else the reason, in words."""
+    if target != "sm_90":
+        return f"they serve Hopper, sm_90, and this is {target}"
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        return f"they compute in 16 bits, not in {dtype}"
+    if K != E or K not in (None, 64, 128):
+        return f"they serve heads of 64 and of 128, got K {K} and E {E}"
+    try:
+        importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+    except ImportError as error:
+        return f"this Triton has no Gluon: {error}"
+    return None
+
+
+def gluon_why_not_on(device: torch.device, dtype: torch.dtype | None = None, K: int | None = None) -> str | None:
+    """``gluon_why_not`` for a device on which Triton runs, which it imports."""
+    from .configs import target
+
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return gluon_why_not(target(), dtype, K, K)

@@ -117,14 +117,20 @@ class Blocks(NamedTuple):
 
 @triton.jit
 def taking_turns(pairs, together):
-    """(pair, turn) of this program. Programs begin in this order: the first of ``together`` pairs each, their second, ..
+    """(pair, turn) of this program: see ``turn_of``."""
+    return turn_of(tl.program_id(0), tl.num_programs(0), pairs, together)
+
+
+@triton.jit
+def turn_of(program, programs, pairs, together):
+    """(pair, turn) of a program. Programs begin in this order: the first of ``together`` pairs each, their second, ..
 
     Only then do the next pairs begin. So the text that running programs read fits in the L2 cache.
     """
-    each = tl.num_programs(0) // pairs
-    first = tl.program_id(0) // (each * together) * together
+    each = programs // pairs
+    first = program // (each * together) * together
     among = tl.minimum(together, pairs - first)
-    turn = tl.program_id(0) - first * each
+    turn = program - first * each
     return first + turn % among, turn // among
 
 
@@ -258,7 +264,7 @@ def tile_start(tile, tiles, L, R, HG, BLOCK_M: tl.constexpr):
 
     Flat rows count from ``begin``. The tiles that see the most come first: thoughts backwards, then text backwards.
     """
-    thought_tiles = tl.cdiv(R * HG, BLOCK_M)
+    thought_tiles = (R * HG + BLOCK_M - 1) // BLOCK_M
     is_text = tile >= thought_tiles
     index = tl.where(is_text, tiles, thought_tiles) - 1 - tile
     return index * BLOCK_M, tl.where(is_text, 0, L), tl.where(is_text, L, L + R)
@@ -283,6 +289,14 @@ def tile_rows_again(zero, flat, begin, end, HG, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def row_tile(tile, text_tiles, text_start, text_end, own_start, own_end, BLOCK_M: tl.constexpr):
+    """(first query row, row after the last) of a tile of a head. Text tiles come first."""
+    in_text = tile < text_tiles
+    start = tl.where(in_text, text_start + tile * BLOCK_M, own_start + (tile - text_tiles) * BLOCK_M)
+    return start, tl.where(in_text, text_end, own_end)
+
+
+@triton.jit
 def bounds(first, last, on):
     """The ``Limits`` of rows that see the keys first..last, [rows] each."""
     sees = on & (first <= last)
@@ -294,10 +308,10 @@ def bounds(first, last, on):
 
 
 @triton.jit
-def window_bounds(limits, oldest, on, lo):
+def window_bounds(limits, oldest, on, lo, i):
     """The same ``Limits`` for rows that see no position id below ``oldest``, [rows]; lo [L] is that of the batch row.
 
-    Position ids n - lo[n] need not ascend, so all of the text is checked.
+    Position ids n - lo[n] need not ascend, so all of the text is checked, in steps of i = 0, 1, ..
     """
     start, all_from, all_to, final = limits
     lowest = tl.min(tl.where(on, oldest, FAR), 0)
@@ -305,8 +319,8 @@ def window_bounds(limits, oldest, on, lo):
     begin = tl.maximum(start, lowest)  # no position has an id above itself
     start = begin * 0 + FAR
     all_from = tl.maximum(all_from, begin)
-    for n0 in tl.range(begin, final + 1, 1024):
-        n = n0 + tl.arange(0, 1024)
+    for n0 in range(begin, final + 1, i.shape[0]):
+        n = n0 + i
         position = n - tl.load(lo + n, mask=n <= final, other=0)
         start = tl.minimum(start, tl.min(tl.where((n <= final) & (position >= lowest), n, FAR), 0))
         all_from = tl.maximum(all_from, tl.max(tl.where((n <= final) & (position < highest), n + 1, 0), 0))
@@ -319,10 +333,10 @@ def cover(limits, tile):
     start, all_from, all_to, final = limits
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_EDGE: tl.constexpr = tile.BLOCK_EDGE
-    before = tl.cdiv(tl.maximum(all_from - start, 0), BLOCK_EDGE)
+    before = (tl.maximum(all_from - start, 0) + BLOCK_EDGE - 1) // BLOCK_EDGE
     full_start = start + before * BLOCK_EDGE
     full = tl.maximum(all_to + 1 - full_start, 0) // BLOCK_N
-    after = tl.cdiv(tl.maximum(final + 1 - full_start - full * BLOCK_N, 0), BLOCK_EDGE)
+    after = (tl.maximum(final + 1 - full_start - full * BLOCK_N, 0) + BLOCK_EDGE - 1) // BLOCK_EDGE
     return Blocks(start, before, full, before + after)
 
 

@@ -108,7 +108,7 @@ def _plain(x: Any) -> Any:
 
 def _same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
     """The same tiles of another tensor with the same dtype, shape, strides and alignment."""
-    copy = object.__new__(TensorDescriptor)
+    copy = object.__new__(type(tiles))  # Triton's class, or Gluon's
     copy.__dict__.update(tiles.__dict__, base=x)
     return copy
 
@@ -151,15 +151,21 @@ def near(x: Tensor) -> Tensor:
 
 def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
     """Descriptors of x [B,heads,M,width] for tiles of each of ``rows``, or None for each if it must be read by pointer."""
-    if x.itemsize == 4 or target() not in BY_DESCRIPTOR or x.data_ptr() % 16 or x.numel() == 0:
+    if x.itemsize == 4 or target() not in BY_DESCRIPTOR or not has_tiles(x):
         return [None] * len(rows)
-    shape = list(x.shape)
-    strides = [stride if size > 1 else 16 for size, stride in zip(shape, x.stride(), strict=True)]
-    steps = strides[:3]
-    if 0 in steps or (steps[0] | steps[1] | steps[2]) * x.itemsize % 16:
-        return [None] * len(rows)
-    strides[3], width = 1, padded(shape[3])
-    return [TensorDescriptor(x, shape, strides, [1, 1, size, width]) for size in rows]
+    width = padded(x.shape[3])
+    return [TensorDescriptor(x, list(x.shape), [*steps(x), 1], [1, 1, size, width]) for size in rows]
+
+
+def steps(x: Tensor) -> list[int]:
+    """Strides of the first three dimensions; those of length 1 may have any."""
+    return [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+def has_tiles(x: Tensor) -> bool:
+    """Whether a descriptor can describe x [B,heads,M,width]."""
+    b, h, m = steps(x)
+    return not (x.data_ptr() % 16 or x.numel() == 0 or 0 in (b, h, m) or (b | h | m) * x.itemsize % 16)
 
 
 def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -> Tiles:

@@ -120,6 +120,12 @@ ATTENTION_FORWARD_LONG: Table = {
     ("sm_90", 2, 128): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1}, 4, 3),
 }
 
+# In Gluon: two groups of 64 rows, and a ring of STAGES. maxnreg is a third of what three partitions have: see REGISTERS there.
+ATTENTION_FORWARD_GLUON: Table = {
+    ("sm_90", 2, 64): Config({"BLOCK_N": 128, "BLOCK_EDGE": 32, "STAGES": 3}, maxnreg=168),
+    ("sm_90", 2, 128): Config({"BLOCK_N": 128, "BLOCK_EDGE": 32, "STAGES": 2}, maxnreg=168),
+}
+
 # With a window, a soft cap or sinks, which take registers.
 ATTENTION_FORWARD_OPTIONS: Table = {
     ("sm_90", 2, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_EDGE": 32, "SLICES": 1, "CAREFUL": 1}, 4, 3),
@@ -194,6 +200,11 @@ ATTENTION_BACKWARD_TEXT_KEYS: Table = {
     ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 256): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 8}, num_warps=8, num_stages=1),
+}
+# In Gluon: a ring of STAGES.
+ATTENTION_BACKWARD_KEYS_GLUON: Table = {
+    ("sm_90", 2, 64): Config({"STAGES": 3}, maxnreg=168),
+    ("sm_90", 2, 128): Config({"STAGES": 2}, maxnreg=168),
 }
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),

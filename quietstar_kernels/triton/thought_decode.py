@@ -170,7 +170,7 @@ def _decode(
     limits = bounds(first, last, on)
     if window is not None:
         oldest = last - first + row + 2 - window  # position id
-        limits = window_bounds(limits, oldest, on, lo)
+        limits = window_bounds(limits, oldest, on, lo, tl.arange(0, 1024))
     start, all_from, all_to, final = limits
     part = tl.cdiv(tl.cdiv(tl.maximum(final + 1 - start, 0), splits), BLOCK_N) * BLOCK_N
     start += split * part

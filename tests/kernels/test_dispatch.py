@@ -15,7 +15,10 @@ sys.path.append(str(Path(__file__).parent))
 from small_calls import call
 
 import quietstar_kernels
-from quietstar_kernels import _dispatch, _first_use, backends, triton
+from quietstar_kernels import __main__ as command
+from quietstar_kernels import _dispatch, _first_use, backends, self_test, triton
+from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.testing import attention_inputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +136,96 @@ def test_auto_on_a_gpu_takes_triton_and_says_once_what_it_can_not(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _dispatch.choose("thought_attention", "auto", gpu, torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("value, is_on", [(None, False), ("0", False), ("1", True), ("yes", None), ("", None)])
+def test_switch_of_gluon(value, is_on, monkeypatch, capsys):
+    monkeypatch.delenv("QUIETSTAR_GLUON", raising=False)
+    if value is not None:
+        monkeypatch.setenv("QUIETSTAR_GLUON", value)
+    if is_on is not None:
+        assert triton.gluon_is_on() == is_on
+        return
+    with pytest.raises(ValueError, match=f"^QUIETSTAR_GLUON must be 0 or 1, got {value!r}$"):
+        triton.gluon_is_on()
+    with pytest.raises(SystemExit, match="2"):
+        command.main([])
+    assert f"error: QUIETSTAR_GLUON must be 0 or 1, got {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        (("sm_90",), None),
+        (("sm_90", torch.bfloat16, 64, 64), None),
+        (("sm_90", torch.float16, 128, 128), None),
+        (("sm_100", torch.bfloat16, 64, 64), "they serve Hopper, sm_90, and this is sm_100"),
+        (("sm_90", torch.float32, 64, 64), "they compute in 16 bits, not in torch.float32"),
+        (("sm_90", torch.bfloat16, 256, 256), "they serve heads of 64 and of 128, got K 256 and E 256"),
+        (("sm_90", torch.bfloat16, 64, 128), "they serve heads of 64 and of 128, got K 64 and E 128"),
+    ],
+)
+def test_what_gluon_refuses(asked, reason):
+    assert triton.gluon_why_not(*asked) == reason
+
+
+def test_a_triton_without_gluon(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.nvidia.hopper", None)
+    assert triton.gluon_why_not.__wrapped__("sm_90").startswith("this Triton has no Gluon: import of triton.experimental")
+
+
+@pytest.mark.parametrize(
+    "value, K, dtype, taken",
+    [
+        (None, 64, torch.bfloat16, "Triton"),
+        ("0", 64, torch.bfloat16, "Triton"),
+        ("1", 64, torch.bfloat16, "Gluon"),
+        ("1", 128, torch.float16, "Gluon"),
+        ("1", 64, torch.float32, "Triton"),
+        ("1", 32, torch.bfloat16, "Triton"),
+    ],
+)
+def test_attention_is_in_gluon_only_where_asked(value, K, dtype, taken, monkeypatch):
+    from quietstar_kernels.triton import _launch
+    from quietstar_kernels.triton.thought_attention import forward
+
+    found = []
+    stub = SimpleNamespace(launch=lambda *arguments: found.append("Gluon"))
+    monkeypatch.setitem(sys.modules, "quietstar_kernels.triton.thought_attention.gluon_forward", stub)
+    monkeypatch.setattr(forward, "gluon_forward", stub, raising=False)
+    monkeypatch.setattr(forward, "target", lambda: "sm_90")
+    monkeypatch.setattr(_launch.Plan, "launch", lambda *arguments: found.append("Triton"))
+    monkeypatch.delenv("QUIETSTAR_GLUON", raising=False)
+    if value is not None:
+        monkeypatch.setenv("QUIETSTAR_GLUON", value)
+    layout = self_test.chosen_anchors(20)
+    inputs = attention_inputs(torch.Generator().manual_seed(0), layout, width=K, dtype=dtype)
+    forward.thought_attention(*(inputs[name] for name in "qkv"), layout.branches, AttentionOptions(1.0, None, None, None))
+    assert found == [taken]
+
+
+def test_whose_kernels_attention_has_is_shown(monkeypatch, capsys):
+    def shown():
+        command.show_attention(torch.device("cpu"))
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert shown() == ""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("QUIETSTAR_GLUON", "0")
+    monkeypatch.setattr(command, "gluon_why_not_on", lambda device: "a reason")
+    assert shown() == "attention: Triton's kernels; Gluon's do not run here: a reason\n"
+    monkeypatch.setattr(command, "gluon_why_not_on", lambda device: None)
+    assert "Triton's kernels; QUIETSTAR_GLUON=1 turns on Gluon's for heads of 64 and of 128 in 16 bits" in shown()
+    monkeypatch.setenv("QUIETSTAR_GLUON", "1")
+    assert shown() == "attention: Gluon's kernels for heads of 64 and of 128 in 16 bits, else Triton's\n"
+
+
+def test_check_runs_what_gluon_serves():
+    cases = [case for case in self_test.cases(interpreted=False) if case.op == "thought_attention"]
+    for dtype, widths in ((torch.float16, {64}), (torch.bfloat16, {64, 128})):
+        served = [case.arguments.get("K", 64) for case in cases if dtype in case.dtypes and "E" not in case.arguments]
+        assert {*served} == widths and len(served) >= 5
 
 
 @pytest.mark.long

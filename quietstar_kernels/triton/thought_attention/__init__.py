@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..._options import AttentionOptions
 from ...branches import Branches
-from .._launch import compiling_at_once, near, plan
-from ..configs import INTERPRETED
+from .. import gluon_is_on, gluon_why_not
+from .._launch import compiling_at_once, has_tiles, near, plan
+from ..configs import INTERPRETED, target
 from .backward import Inputs, query_gradient, row_tables
 from .backward_keys import key_gradients
 from .forward import thought_attention as launch_forward
@@ -39,9 +40,15 @@ def thought_attention_backward(
         sinks = sinks.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     given = grad_out, q, k, v, out, lse, grad_lse, sinks, *branches.contiguous()
-    known = plan("thought_attention_backward", given, branches.full, scale, window, softcap)
+    in_gluon = gluon_is_on()
+    known = plan("thought_attention_backward", given, branches.full, scale, window, softcap, in_gluon)
+    if in_gluon:
+        widths = q.shape[-1], v.shape[-1]
+        in_gluon = known.once(
+            lambda: gluon_why_not(target(), q.dtype, *widths) is None and all(map(has_tiles, (grad_out, q, k, v)))
+        )
     tables = row_tables(grad_out, out, lse, grad_lse, branches, window, sinks, known)
-    inputs = Inputs(grad_out, q, k, v, branches, options, tables, known)
+    inputs = Inputs(grad_out, q, k, v, branches, options, tables, known, in_gluon)
     dq = query_gradient(inputs)
     dk, dv = key_gradients(inputs)
     dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)

@@ -85,6 +85,7 @@ class Inputs(NamedTuple):
     options: AttentionOptions
     tables: Rows
     plan: Plan
+    in_gluon: bool = False
 
 
 def row_tables(
@@ -168,7 +169,7 @@ def query_gradient(inputs: Inputs) -> Tensor:
     As in the forward, a program takes BLOCK_M query rows of one key head and loops over their keys: first those at the edges,
     then those that all rows see, of own rows and text. dS = p * (dO v^T - delta), dq = scale * dS k.
     """
-    grad_out, q, k, v, branches, (scale, _, softcap, _), tables, known = inputs
+    grad_out, q, k, v, branches, (scale, _, softcap, _), tables, known, _ = inputs
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)
@@ -227,7 +228,7 @@ def attention_backward_queries(
     oldest = own_first
     if tables.oldest is not None:
         oldest = tl.load(tables.oldest + at, mask=inside, other=0)
-        limits = window_bounds(limits, oldest, on, lo)
+        limits = window_bounds(limits, oldest, on, lo, tl.arange(0, 1024))
     text = cover(limits, tile)
     start, before, full, edges = text
     acc = tl.zeros([tile.BLOCK_M, tile.BLOCK_K], tl.float32)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...branches import Branches
-from .._device import FAR, Layout, Stride, in_range, load_tile, scores, store_tile, taking_turns, weights
+from .._device import FAR, Layout, Stride, in_range, load_tile, row_tile, scores, store_tile, taking_turns, weights
 from .._launch import Launch, Plan, cdiv, padded, pairs_together, tile_of
 from ..configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
@@ -37,19 +37,25 @@ LONG, LONG_PROGRAMS = 128, 264
 
 def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """dk and dv, with the shapes and dtypes of k and v; 0 for rows that are off and for text that no query row sees."""
-    _, q, k, v, branches, options, _, known = inputs
+    _, q, k, v, branches, options, _, known, in_gluon = inputs
     (B, G, _, K), E, L = k.shape, v.shape[-1], branches.L
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     config, own_config = configs_of(branches, G, q.element_size(), max(K, E))
     if branches.R:
         _launch(inputs, None, dk, dv, 1, own_config)
     if L:
-        ranges = row_ranges(branches, options.window, q.shape[2], config.blocks["BLOCK_N"], known)
-        tiles = q.shape[1] // G * cdiv(q.shape[2], config.blocks["BLOCK_M"])
-        parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * ranges.shape[1]), tiles // TILES))
+        keys, rows = (128, 64) if in_gluon else (config.blocks["BLOCK_N"], config.blocks["BLOCK_M"])
+        ranges = row_ranges(branches, options.window, q.shape[2], keys // 2 if in_gluon else keys, known)
+        tiles = q.shape[1] // G * cdiv(q.shape[2], rows)
+        parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * cdiv(L, keys)), tiles // TILES))
         dk_parts = k.new_empty((parts, B, G, L, K), dtype=torch.float32)
         dv_parts = k.new_empty((parts, B, G, L, E), dtype=torch.float32)
-        _launch(inputs, ranges, dk_parts, dv_parts, parts, config)
+        if in_gluon:
+            from . import gluon_backward_keys  # imports Gluon
+
+            gluon_backward_keys.launch(inputs, ranges, dk_parts, dv_parts, parts)
+        else:
+            _launch(inputs, ranges, dk_parts, dv_parts, parts, config)
         add_parts(dk_parts, dv_parts, dk, dv, known)
     return dk, dv
 
@@ -68,7 +74,7 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
 
     dk [(parts),B,G,L or M,K] and dv [(parts),B,G,L or M,E] are contiguous.
     """
-    grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known = inputs
+    grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known, _ = inputs
     K, E = k.shape[3], v.shape[3]
     kind = "text keys"
     if ranges is None:  # the kernel reads one range of keys for each row
@@ -205,14 +211,6 @@ def attention_backward_keys(
         store_tile(dk + n_first * tile.K, i * tile.K, n0 + i < end, dk_acc * scale, tile.K, tile.BLOCK_K)
     if dv is not None:
         store_tile(dv + n_first * tile.E, i * tile.E, n0 + i < end, dv_acc, tile.E, tile.BLOCK_E)
-
-
-@triton.jit
-def row_tile(tile, text_tiles, text_start, text_end, own_start, own_end, BLOCK_M: tl.constexpr):
-    """(first query row, row after the last) of a tile of a head. Text tiles come first."""
-    in_text = tile < text_tiles
-    start = tl.where(in_text, text_start + tile * BLOCK_M, own_start + (tile - text_tiles) * BLOCK_M)
-    return start, tl.where(in_text, text_end, own_end)
 
 
 @triton.jit

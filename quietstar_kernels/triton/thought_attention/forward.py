@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..._options import AttentionOptions
 from ...branches import Branches
+from .. import gluon_is_on, gluon_why_not
 from .._device import (
     LN_2,
     LOG2_E,
@@ -54,7 +55,7 @@ from .._device import (
     window_bounds,
     without_poison,
 )
-from .._launch import Launch, cdiv, key_tiles, pairs_together, plan, tile_of
+from .._launch import Launch, cdiv, has_tiles, key_tiles, pairs_together, plan, tile_of
 from ..configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_LONG,
@@ -62,6 +63,7 @@ from ..configs import (
     ATTENTION_FORWARD_TREE,
     LONG_TEXT,
     pick,
+    target,
 )
 
 
@@ -89,15 +91,21 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     lse = q.new_empty((B, H, rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
+    sinks = None if sinks is None else sinks.contiguous()
+    layout = branches.contiguous()
+    in_gluon = gluon_is_on()
+    known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap, in_gluon)
+    if in_gluon and known.once(lambda: gluon_why_not(target(), q.dtype, K, E) is None and all(map(has_tiles, (q, k, v)))):
+        from . import gluon_forward  # imports Gluon
+
+        gluon_forward.launch(q, k, v, branches, options, out, lse, known)
+        return out, lse
     first = ATTENTION_FORWARD_LONG if branches.L > LONG_TEXT else ATTENTION_FORWARD
     if branches.tree is not None:
         first = ATTENTION_FORWARD_TREE
     elif window is not None or softcap is not None or sinks is not None:
         first = ATTENTION_FORWARD_OPTIONS
     config = pick([first, ATTENTION_FORWARD], q.element_size(), max(K, E))
-    layout = branches.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
-    known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap)
 
     def prepare() -> Launch:
         HG, BLOCK_M, R = H // G, config.blocks["BLOCK_M"], branches.R
@@ -156,7 +164,7 @@ def attention_forward(
 
     limits = bounds(seen.first, seen.last, seen.on)
     if window is not None:
-        limits = window_bounds(limits, seen.oldest, seen.on, layout.lo)
+        limits = window_bounds(limits, seen.oldest, seen.on, layout.lo, tl.arange(0, 1024))
     text = cover(limits, tile)
     end_top, end_total, acc = over_keys(
         queries, top, total, seen, keys, layout, node, text, sizes, factor, tile, tile.CAREFUL, None
