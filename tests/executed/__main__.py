@@ -1,7 +1,7 @@
 """``make executed``: what Triton's compiler makes of the kernels, executed on a CPU; needs no GPU. See docs/executed.md.
 
-make executed                           the kernel suite, every module of every kernel, and the wrapper; about 20 minutes
-make executed STAGE=modules DOCS=docs   one of the three; DOCS replaces the page there
+make executed                           the kernel suite, every module of every kernel, the wrapper, and the kernels in Gluon
+make executed STAGE=modules DOCS=docs   one of the stages; DOCS replaces the page there
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import adversary
 import report
 
 from benchmarks.report.committed import as_json
@@ -65,6 +66,10 @@ def jobs(stages: list[str]) -> Iterator[Job]:
                 yield Job("modules", f"{test}, sm_{cc}", ["tests/executed/each_kernel.py", "-k", test, f"--modules={cc}"], cc)
     if "wrapper" in stages:
         yield Job("wrapper", "wrapper", ["tests/executed/wrapper.py"])
+    if "gluon" in stages:
+        for schedule in adversary.SCHEDULES:
+            yield Job("gluon", schedule, ["tests/executed/gluon.py", f"--schedule={schedule}"])
+        yield Job("gluon", "mistakes", ["tests/executed/mistakes.py", f"--schedule={adversary.SCHEDULES[0]}"])
     if "suite" in stages:
         for share in SHARES:
             yield Job("suite", f"suite, share {share}", [*SUITE, "-k", CASES, f"--shard={share}/8"])

@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import adversary
 import pytest
 import torch
-from ttsem import harness, ops, races, validate
+from ttsem import harness, mlir, ops, races, validate
 
 DESCRIPTOR_LOAD = "tt.descriptor_load"
 ASYNCHRONOUS = re.compile(r'"tt\w+\.async_(tma_)?copy')
@@ -23,14 +24,25 @@ PROGRAMS = 4  # of a launch whose shared memory is looked at
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--executed", type=Path, help="write the launches of each kernel and the outcome of each case here")
     parser.addoption("--modules", type=int, metavar="CC", help="also execute every module of each kernel's first launch")
+    parser.addoption("--schedule", choices=adversary.SCHEDULES, help="of partitions, copies and products: see adversary.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported."""
     blocks_without_leading_ones()
     products_in_another_dtype()
+    gluon_from_its_first_stage()
+    if schedule := config.getoption("--schedule"):
+        adversary.schedule = schedule
+        adversary.install()
     if config.getoption("--executed"):
-        config.pluginmanager.register(Executed(config))
+        config.pluginmanager.register(Executed(config), "executed")
+
+
+@pytest.fixture
+def launches(pytestconfig: pytest.Config) -> collections.Counter[str]:
+    """How often each kernel has been launched so far; the counter goes on."""
+    return pytestconfig.pluginmanager.get_plugin("executed").launches
 
 
 def blocks_without_leading_ones() -> None:
@@ -54,6 +66,19 @@ def products_in_another_dtype() -> None:
         return product
 
     torch.mm, torch.addmm = of_cpu(torch.mm), of_cpu(torch.addmm)
+
+
+def gluon_from_its_first_stage() -> None:
+    """A kernel in Gluon has no module before "ttgir". ttsem reads that from a dump of all passes, which takes a minute."""
+    ir_for_launch = harness.ir_for_launch
+
+    def first(record: Any, stage: str, target: Any, *rest: Any) -> Any:
+        if not record.fn.is_gluon():
+            return ir_for_launch(record, stage, target, *rest)
+        mlir.enable_generic_printing()
+        return mlir.to_generic(harness._stage_text(record, "ttgir", target), None)
+
+    harness.ir_for_launch = first
 
 
 class Executed:
@@ -123,6 +148,8 @@ class Executed:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             case["why"] = (crash.message if crash else report.longreprtext).strip()[:500]
+        if report.user_properties:
+            case["properties"] = dict(report.user_properties)
         if report.skipped:
             case["why"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         self.cases.append(case)

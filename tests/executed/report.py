@@ -23,7 +23,7 @@ def suite(jobs: list[Any]) -> dict[str, Any]:
     cases = [case for job in jobs for case in job.result.get("cases", ())]
     by_file: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for case in cases:
-        name = re.sub(r".*/test_(\w+)\.py.*", r"\1", case["case"])
+        name = re.sub(r".*/(?:test_(\w+)\.py|gluon\.py::test_(\w+)).*", r"\1\2", case["case"])
         by_file[name].update({case["outcome"]: 1, "launches": case["launches"]})
     launches = sum((collections.Counter(job.result.get("launches", {})) for job in jobs), collections.Counter())
     return {
@@ -48,7 +48,20 @@ def modules(jobs: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-STAGES: dict[str, Callable[[list[Any]], Any]] = {"suite": suite, "wrapper": suite, "modules": modules}
+def gluon(jobs: list[Any]) -> dict[str, Any]:
+    """As ``suite``, and how each mistake was found, by schedule."""
+    found: dict[str, dict[str, str | None]] = collections.defaultdict(dict)
+    for case in (case for job in jobs for case in job.result.get("cases", ())):
+        if "mistake" in case.get("properties", {}):
+            mistake, schedule, how = case["properties"]["mistake"]
+            found[mistake][schedule] = how
+    right = [job for job in jobs if job.name != "mistakes"]
+    slowest = max((case["seconds"] for job in right for case in job.result.get("cases", ())), default=0)
+    wrong = suite([job for job in jobs if job.name == "mistakes"])
+    return suite(right) | {"slowest": slowest, "mistakes": found, "not_as_expected": wrong["failed"] + wrong["broken"]}
+
+
+STAGES: dict[str, Callable[[list[Any]], Any]] = {"suite": suite, "wrapper": suite, "modules": modules, "gluon": gluon}
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:
@@ -64,6 +77,13 @@ def cases_of(found: dict[str, Any]) -> str:
         said += f" {found['races_unchecked']:,} launches were too large to be searched for races between programs."
     failed = [f"{x['case']}: {x['why']}" for x in found["failed"]] + [f"{x}: no result" for x in found["broken"]]
     return "\n".join([said, *(f"- **{why}**" for why in failed)])
+
+
+def mistakes_table(found: dict[str, Any]) -> str:
+    """A line for each mistake, and what was found otherwise than the test says."""
+    lines: list[list[object]] = [[mistake, *(how or "-" for how in by.values())] for mistake, by in found["mistakes"].items()]
+    schedules = next(iter(found["mistakes"].values()), {})
+    return "\n".join([table(["mistake", *schedules], lines), *(f"- **{x}**" for x in found["not_as_expected"])])
 
 
 def modules_table(rows: list[dict[str, Any]]) -> str:
@@ -94,8 +114,9 @@ def module_problem(row: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
-    shown = {"suite": cases_of, "modules": modules_table, "wrapper": cases_of}
+    shown = {"suite": cases_of, "modules": modules_table, "wrapper": cases_of, "gluon": cases_of}
     parts = {stage: show(results[stage]) if stage in results else "Not run." for stage, show in shown.items()}
+    parts["mistakes"] = mistakes_table(results["gluon"]) if "gluon" in results else ""
     took = ", ".join(f"{stages} in {seconds / 60:.0f} minutes" for stages, seconds in results["seconds"].items())
     page = folder / "executed.md"
     page.write_text(PAGE.read_text().format(**results["versions"], date=results["date"], took=took, **parts))

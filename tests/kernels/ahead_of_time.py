@@ -13,7 +13,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ class _Device:
 
 
 @contextlib.contextmanager
-def compiled_for(target: str) -> Iterator[list[Any]]:
-    """Inside, each launch compiles its kernel for ``target`` and appends it to the list."""
+def compiled_for(target: str, only: Container[str] | None = None) -> Iterator[list[Any]]:
+    """Inside, each launch compiles its kernel for ``target`` and appends it to the list, or the kernels named ``only``."""
     compiled: list[Any] = []
     run = JITFunction.run
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        if only is not None and self.fn.__name__ not in only:
+            return None
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return compiled[-1]
 

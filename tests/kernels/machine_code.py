@@ -27,11 +27,16 @@ class Loop:
         serialised: products of warp groups that wait for the one before, though both add to the same registers.
         in_flight: copies of later iterations that are still on their way when the first product starts; None without copies.
         ordered: after a wait for copies, which each thread does for its own, a barrier comes before shared memory is read.
+        barriers: of all threads of the program; group_barriers, of some.
     """
 
     serialised: int
     in_flight: int | None
     ordered: bool
+    instructions: int
+    products: int
+    barriers: int
+    group_barriers: int
 
 
 def instructions(sass: str) -> list[Instruction]:
@@ -64,7 +69,10 @@ def _loop(body: list[Instruction], before: list[Instruction]) -> Loop:
             into, *rest = (operand.strip() for operand in x.operands.split(","))
             serialised += waited and into == sums and into in rest  # otherwise it starts a new sum
             sums, waited = into, False
-    return Loop(serialised, _in_flight(body, before), _ordered(body))
+    products = sum(x.mnemonic in ("HGMMA", "HMMA") for x in body)
+    of_group = ["," in x.operands for x in body if x.name.startswith("BAR.SYNC")]
+    counts = len(body), products, of_group.count(False), of_group.count(True)
+    return Loop(serialised, _in_flight(body, before), _ordered(body), *counts)
 
 
 def _in_flight(body: list[Instruction], before: list[Instruction]) -> int | None:

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+LOWEST = HERE.parents[1] / ".venv-lowest/bin/python"
 FEW = 2  # words that the sampler spills on sm_120, for which no tiles were chosen
 OPS = sorted(path.stem for path in (HERE / "compiled").glob("*.py"))
 # KB of shared memory a block may have
@@ -56,10 +57,9 @@ def test_kernels_compile_for_other_gpus(target, record_property):
 @pytest.mark.build
 def test_kernels_compile_with_the_oldest_triton(record_property):
     """GPU machines often have it."""
-    python = HERE.parents[1] / ".venv-lowest/bin/python"
-    if not python.exists():
+    if not LOWEST.exists():
         pytest.skip("make test-lowest makes the environment with the oldest versions")
-    judge(OPS, "sm_90", "brief", record_property, str(python))
+    judge(OPS, "sm_90", "brief", record_property, str(LOWEST))
 
 
 @pytest.mark.build
@@ -75,10 +75,55 @@ def test_other_tiles_compile():
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(map(str, [HERE, HERE.parents[1]]))}
     run = subprocess.run([sys.executable, "-c", tiles], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == 5 and not re.search(r" 0$", run.stdout, re.MULTILINE)
+    assert len(run.stdout.splitlines()) == 7 and not re.search(r" 0$", run.stdout, re.MULTILINE)
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("python", [Path(sys.executable), LOWEST], ids=["this", "the oldest"])
+def test_kernels_in_gluon(python, record_property):
+    if not python.exists():
+        pytest.skip("make test-lowest makes the environment with the oldest versions")
+    rows = compiled(["thought_attention"], "sm_90", "gluon", record_property, str(python))
+    of = rules("thought_attention")
+    assert Counter(row["kernel"] for row in rows) == {"gluon_attention_forward": 13, "gluon_attention_text_keys": 9}
+    for row in rows:
+        judge_gluon(row, of)
+
+
+def judge_gluon(row, of):
+    """Loops over whole blocks have the most products. Edges have two kinds of them one after the other, of which one runs."""
+    what = f"{row['kernel']} {row['label']}"
+    spills = of.GLUON_SPILLS.get(row["kernel"], 0) if "softcap" in row["label"] else 0
+    assert row["spills"] <= spills and not row["advice"], what
+    assert row["shared"] <= TARGETS["sm_90"] * 1024 and row["registers"] * row["warps"] * 32 <= 65536, what
+    assert len(row["loops"]) == of.GLUON[row["kernel"]], what
+    most = max(loop["products"] for loop in row["loops"])
+    for loop in row["loops"]:
+        whole = loop["products"] == most
+        assert loop["serialised"] <= (0 if whole else 1), f"{what}: products wait for the one before"
+        assert loop["barriers"] == 0, f"{what}: one warp group waits for the others"
+        assert not whole or loop["group_barriers"] <= of.GROUP_BARRIERS[row["kernel"]], what
+    missing, without = row["fences"]
+    assert not missing, f"{what}: no fence before {missing}"
+    assert without and all(without), f"{what}: a fence that may be left out"
 
 
 def judge(ops, target, extent, record_property, python=sys.executable, spills=0):
+    rows = compiled(ops, target, extent, record_property, python)
+    assert {row["op"] for row in rows} == {*ops}
+    compiles = Counter((row["op"], row["label"], row["kernel"]) for row in rows)
+    more = {
+        f"{kernel} {label}": n
+        for (op, label, kernel), n in compiles.items()
+        if label in rules(op).COMPILES and n > rules(op).COMPILES[label].get(kernel, 1)
+    }
+    assert not more, f"compiled again for another size: {more}"
+    for row in rows:
+        judge_kernel(row, rules(row["op"]), target, spills)
+
+
+def compiled(ops, target, extent, record_property, python):
+    """The rows of ``compile_op.py``, which also become a table."""
     run = subprocess.run(
         [python, HERE / "compile_op.py", target, extent, *ops],
         env=os.environ | {"TRITON_INTERPRET": "0"},
@@ -93,17 +138,10 @@ def judge(ops, target, extent, record_property, python=sys.executable, spills=0)
             f"  {row['kernel']:<28} {row['label']:<40} {row['registers']:>3} registers, {row['spills']} spills, "
             f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {row['matrix']} matrix instructions"
         )
+        if extent == "gluon":
+            lines[-1] += f", loops of {', '.join(str(loop['instructions']) for loop in row['loops'])}"
     record_property("table", "\n".join(lines))  # tests/conftest.py prints it at the end
-    assert {row["op"] for row in rows} == {*ops}
-    compiles = Counter((row["op"], row["label"], row["kernel"]) for row in rows)
-    more = {
-        f"{kernel} {label}": n
-        for (op, label, kernel), n in compiles.items()
-        if label in rules(op).COMPILES and n > rules(op).COMPILES[label].get(kernel, 1)
-    }
-    assert not more, f"compiled again for another size: {more}"
-    for row in rows:
-        judge_kernel(row, rules(row["op"]), target, spills)
+    return rows
 
 
 def judge_kernel(row, rules, target, spills):

@@ -5,6 +5,7 @@ Several lengths share a label, since one compile serves them.
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -14,6 +15,12 @@ from quietstar_kernels.triton.thought_attention import thought_attention, though
 
 # Kernels with products of warp groups on sm_90, and how many of their loops, from the first, should read ahead.
 HGMMA = {"attention_forward": 2, "attention_backward_queries": 2, "attention_backward_text_keys": 1}
+# All loops with products of the kernels in Gluon, each once for each warp group.
+HGMMA |= (GLUON := {"gluon_attention_forward": 4, "gluon_attention_text_keys": 2})
+# Barriers of a group in its longest loop. Where rows that add nothing are made 0, which most turns pass over, there are two.
+GROUP_BARRIERS = {"gluon_attention_forward": 2, "gluon_attention_text_keys": 2 + 2}
+# With a soft cap the thread's number is in memory, and read outside of products.
+GLUON_SPILLS = {"gluon_attention_text_keys": 4}
 # Here products wait for each other with all tiles that were tried; larger ones spill with Triton 3.9.
 SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
 # Words that the fastest tiles on an H200 spill, and a loop that two more programs on a multiprocessor hide the copies of.
@@ -59,9 +66,18 @@ def launches(target, thorough):
         yield from cases(torch.bfloat16, (192, 80), "", OPTIONS[""])
 
 
-def cases(dtype, widths, name, options):
+def gluon_launches():
+    """The code of the kernels in Gluon does not depend on sizes."""
+    options = {"window": (64, None, False), "softcap, sinks": (None, 30.0, True), **OPTIONS}
+    kinds = [*options.items(), *((", ".join(filter(None, [name, TREE])), OPTIONS[name]) for name in OPTIONS)]
+    for widths, kind in itertools.product(WIDTHS[:2], kinds):
+        yield from cases(torch.bfloat16, widths, *kind, SIZES[-1:])
+    yield from cases(torch.float16, WIDTHS[1], *kinds[-1], SIZES[-1:])
+
+
+def cases(dtype, widths, name, options, all_sizes=SIZES):
     label = " ".join(filter(None, [str(dtype).removeprefix("torch."), "K={} E={}".format(*widths), name]))
-    for sizes in SIZES:
+    for sizes in all_sizes:
         yield label, functools.partial(forward, dtype, widths, options, name.endswith(TREE), *sizes)
         yield label, functools.partial(backward, dtype, widths, options, name.endswith(TREE), *sizes)
 
