@@ -13,7 +13,7 @@ import torch
 from benchmarks.baselines.branches import BASELINES, BranchCase, sizes
 from benchmarks.baselines.packed import Attention
 from benchmarks.harness.benchmark import Benchmark
-from benchmarks.harness.candidate import PACKAGE, Candidate
+from benchmarks.harness.candidate import PACKAGE, Candidate, in_gluon
 from quietstar_kernels import thought_attention
 
 
@@ -36,6 +36,5 @@ def smoke(device: torch.device) -> list[BranchCase]:
     return [BranchCase(**(small | kind), what=what) for kind in kinds for what in ("forward", "forward+backward")]
 
 
-BENCHMARK = Benchmark(
-    BranchCase.op, Candidate("thought_attention", ours, package=PACKAGE), lambda case: BASELINES, cases, smoke
-)
+OURS = Candidate("thought_attention", ours, package=PACKAGE)
+BENCHMARK = Benchmark(BranchCase.op, OURS, lambda case: [in_gluon(ours), *BASELINES], cases, smoke)

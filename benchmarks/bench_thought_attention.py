@@ -21,7 +21,7 @@ from benchmarks.baselines.attention import BASELINES
 from benchmarks.baselines.exact import judge_rows, only_rows
 from benchmarks.baselines.packed import Attention, PackedCase
 from benchmarks.harness.benchmark import Benchmark
-from benchmarks.harness.candidate import PACKAGE, Candidate
+from benchmarks.harness.candidate import PACKAGE, Candidate, in_gluon
 from benchmarks.harness.case import Inputs, Work
 from quietstar_kernels import thought_attention
 from quietstar_kernels.cpu import _library
@@ -110,11 +110,12 @@ def beside_a_neighbour(case: AttentionCase) -> Attention:
 
 
 OURS = Candidate("thought_attention", ours, package=PACKAGE)
+IN_GLUON = in_gluon(ours)
 NEIGHBOUR = Candidate("one busy neighbour", beside_a_neighbour, PACKAGE)
 
 
 def candidates(case: AttentionCase) -> list[Candidate]:
-    return [NEIGHBOUR] if case.grid == "neighbour" else BASELINES
+    return [NEIGHBOUR] if case.grid == "neighbour" else [IN_GLUON, *BASELINES]
 
 
 def cases(device: torch.device, full: bool) -> Iterator[AttentionCase]:

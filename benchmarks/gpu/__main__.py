@@ -94,12 +94,16 @@ def listed(stages: Sequence[Stage]) -> Iterator[str]:
 
 def summary(results: dict[str, Any]) -> str:
     """The results that matter most, as Markdown that fits on one page."""
-    headline = [row for row in results["rows"] if row["grid"] == "headline" and row["is_ours"]]
+    headline = [row for row in results["rows"] if row["grid"] == "headline" and (row["is_ours"] or _in_gluon(row))]
     lines = ["", f"## {results['machine']['device']}", "", *tables.device_lines(results), ""]
     lines += [*tables.markdown_table(*tables.stage_table(results["stages"])), ""]
-    body = [[f"{row['op']}, {tables.case_of(row)}", *tables.cells(row)[1:]] for row in headline]
+    body = [[f"{row['op']}{' in Gluon' * _in_gluon(row)}, {tables.case_of(row)}", *tables.cells(row)[1:]] for row in headline]
     lines += tables.markdown_table(tables.HEADER, body) if body else ["No benchmark has measured anything."]
     return "\n".join([*lines, "", *missing(results)])
+
+
+def _in_gluon(row: dict[str, Any]) -> bool:
+    return bool(row["candidate"].endswith(", Gluon") and row["seconds"])
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ def sanitizer(outcome: Outcome) -> Verdict:
     return (outcome.code == 0, found[-1]) if found and outcome.code is not None else plain(outcome)
 
 
+def gluon(outcome: Outcome) -> Verdict:
+    """Of what runs or checks the kernels in Gluon, by itself or under compute-sanitizer."""
+    if found := re.search(r"Gluon's do not run here: (.*)", outcome.output):
+        return None, found[1]
+    return sanitizer(outcome)
+
+
 def warm(outcome: Outcome) -> Verdict:
     """Never a failure: what fails here fails again in the benchmark."""
     found = re.findall(r"^\d+ candidates called, .*", outcome.output, re.MULTILINE)
@@ -98,7 +105,12 @@ JUDGES: dict[str, Callable[[Outcome], Verdict]] = {
     "compile ahead": warm,
     "memcheck": sanitizer,
     "synccheck": sanitizer,
+    "Gluon": gluon,
+    "NaN, Gluon": gluon,
+    "memcheck, Gluon": gluon,
+    "synccheck, Gluon": gluon,
     "counters": profile,
     "kernels": profile,
     "tiles": profile,
+    "tiles, Gluon": profile,
 }

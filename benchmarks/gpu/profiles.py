@@ -24,7 +24,7 @@ from benchmarks.harness.case import Case
 from benchmarks.report import results_file
 
 LARGEST = 20  # kernels of a step
-KERNELS = "regex:^attention_(forward|backward_queries|backward_keys)$"
+KERNELS = "regex:^(gluon_attention_(forward|text_keys)|attention_(forward|backward_(queries|keys)))$"
 # Shares of a GPU's peak: products, exponentials, instructions. Bytes from L2 and from memory. And what warps wait for, in warps
 # per issued instruction; gmma is the product of a warp group.
 STALLS = ("long_scoreboard", "short_scoreboard", "wait", "barrier", "gmma")
@@ -67,7 +67,7 @@ def case_of(benchmark: Benchmark, device: torch.device, grid: str, what: str) ->
 
 
 def counters(device: torch.device) -> tuple[str, str]:
-    """A table of the metrics for each kernel, of a forward and backward at L 2048."""
+    """A table of the metrics for each kernel, of a forward and backward at L 2048, by Triton and by Gluon."""
     if not (ncu := shutil.which("ncu")):
         return "", "ncu is not on PATH"
     watched = [ncu, "--clock-control", "none", "--target-processes", "all", "--kernel-name-base", "function"]
@@ -83,7 +83,10 @@ def counters(device: torch.device) -> tuple[str, str]:
 def call(device: torch.device) -> tuple[str, str]:
     """What ncu watches."""
     case = case_of(bench_thought_attention.BENCHMARK, device, "text", "forward+backward")
-    case.call(bench_thought_attention.OURS.prepare(case), case.inputs(seed=1))
+    for candidate in (bench_thought_attention.OURS, bench_thought_attention.IN_GLUON):
+        if candidate.why_not(case) is None:
+            with candidate.switch():
+                case.call(candidate.prepare(case), case.inputs(seed=1))
     return "", "called"
 
 

@@ -23,19 +23,23 @@ MINUTES = 11.0  # of all stages
 # The most useful first: minutes, and what a stage is for.
 STAGES = {
     "check": (1.0, "trees, whose kernels no GPU has run; every op against plain PyTorch; the copy in four ways, clocks, L2"),
-    "sanitize": (1.0, "small cases of every kernel, alone and under memcheck and synccheck; all later kernels are compiled"),
-    "hybrid": (
+    "sanitize": (
         1.0,
+        "small cases of every kernel, alone and under memcheck and synccheck; attention in Gluon, which no GPU has run, "
+        "against plain PyTorch; all later kernels are compiled",
+    ),
+    "hybrid": (
+        0.9,
         "recurrent layers, which no GPU has run: against plain PyTorch, FLA in bf16 if it is there; then their times",
     ),
-    "attention": (1.2, "our attention, alone; other tiles of the forward"),
-    "profile": (1.2, "hardware counters of the three attention kernels"),
+    "attention": (1.7, "our attention, by Triton and by Gluon, then alone; other tiles of both, and of dK, dV in Gluon"),
+    "profile": (1.1, "hardware counters of the attention kernels"),
     "peers": (1.5, "attention against the strongest other kernels"),
-    "step": (1.3, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
+    "step": (1.2, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
     "rollout": (0.8, "rollouts with and without a CUDA graph; thoughts at all positions against one after another"),
-    "models": (0.9, "group RL end to end, trees, RLP"),
+    "models": (0.8, "group RL end to end, trees, RLP"),
     "head": (0.5, "log-probabilities with and without kept logits, decoding, host time, sampling"),
-    "tests": (0.6, "the other tests, until time is up"),
+    "tests": (0.5, "the other tests, until time is up"),
 }
 
 
@@ -60,7 +64,8 @@ ROWS = {
         ("headline", "group", "decode", "GRPO"),
         ("repeated text, FLA", "branches through FLA", "a state per branch", "TRL"),
     ),
-    "attention": Rows(ATTENTION, ("text", "headline", "many pairs", "prompt", "thoughts", "rows", "groups")),
+    "attention": Rows(ATTENTION, ("text", "headline", "many pairs", "prompt"), ("thought_attention, Gluon",)),
+    "attention, alone": Rows(ATTENTION[:1], ("headline", "thoughts", "rows", "groups")),
     "peers": Rows(
         ATTENTION,
         ("text", "headline", "many pairs", "prompt", "prompts", "drafter"),
@@ -165,11 +170,15 @@ class Plan:
         """The small cases alone and under compute-sanitizer, which sees where a tensor ends if PyTorch caches no memory. Beside
         them, since nothing is timed here, what later stages launch is compiled."""
         cases = [*_module("benchmarks.gpu.small_cases"), "--device", self.device]
-        few = [*cases, "--few"]
-        commands = {"small cases": few if self.rehearsal else cases, "compile ahead": self._ahead()}
+        few, gluon = [*cases, "--few"], [*cases, "--gluon"]
+        check = ["env", "QUIETSTAR_GLUON=1", *_module("quietstar_kernels"), "check", "--device", self.device]
+        check += ["--backend", "triton", "--op", "sample_token" if self.rehearsal else "thought_attention"]
+        commands = {"Gluon": check, "NaN, Gluon": gluon, "small cases": few if self.rehearsal else cases}
+        commands["compile ahead"] = self._ahead()
         if sanitizer := shutil.which("compute-sanitizer"):
             watch = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "9", "--tool"]
-            commands |= {name: [*watch, name, *few] for name in ("memcheck", "synccheck")}
+            for name in ("memcheck", "synccheck"):
+                commands |= {name: [*watch, name, *few], f"{name}, Gluon": [*watch, name, *gluon]}
         return [_step(commands)]
 
     def _ahead(self) -> list[str]:
@@ -184,11 +193,16 @@ class Plan:
         return [_step({"check": check}, 0.4), self._rows("hybrid")]
 
     def _attention(self) -> list[Step]:
-        """The rows, then a search of tiles, which a CPU can't make and which prints what it has found at its end."""
-        if self.rehearsal:
-            return [self._rows("attention")]
-        search = [*_module("benchmarks.gpu.tiles"), "forward", "--seconds"]
-        return [self._rows("attention", 0.65), Step(lambda seconds: {"tiles": [*search, f"{max(5.0, seconds - 15):.0f}"]})]
+        """The rows, then searches of tiles, which a CPU can't make and which print what they have found at their end."""
+        rows = [self._rows("attention", 0.55), self._rows("attention, alone", 0.35)]
+
+        def search(title: str, kernels: list[str], part: float) -> Step:
+            command = [*_module("benchmarks.gpu.tiles"), *kernels, "--seconds"]
+            return Step(lambda seconds: {title: [*command, f"{max(5.0, (seconds - 15) / len(kernels)):.0f}"]}, part)
+
+        gluon = search("tiles, Gluon", ["forward in Gluon", "text keys in Gluon"], 0.6)
+        tiles = [gluon, search("tiles", ["forward"], 1.0)]
+        return rows if self.rehearsal else rows + tiles
 
     def _step(self) -> list[Step]:
         """A step of 8B takes seconds, so that it comes first, without baselines."""

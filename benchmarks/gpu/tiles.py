@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.candidate import gluon
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels._options import AttentionOptions
-from quietstar_kernels.triton import _launch, configs
+from quietstar_kernels.triton import _launch, configs, gluon_why_not_on
 from quietstar_kernels.triton.configs import Config, Table
 from quietstar_kernels.triton.thought_attention import backward, backward_keys, launch_forward
 from quietstar_kernels.triton.thought_decode import thought_decode
@@ -31,6 +32,7 @@ SIZES = [(8, 256), (4, 512), (2, 1024), (1, 2048)]  # batch rows, text
 N, S, H, G, STEP = 2, 14, 32, 8, 12
 REPEATS = 5
 BEST = 12  # rows to print
+TABLES, SHARED = 9 << 10, 227 << 10  # bytes
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -48,6 +50,16 @@ def forward(B: int, L: int, width: int, device: str) -> Call:
     return lambda: launch_forward(*qkv, branches, options)
 
 
+def forward_in_gluon(B: int, L: int, width: int, device: str) -> Call:
+    call = forward(B, L, width, device)
+
+    def called() -> tuple[Tensor, ...]:
+        with gluon():
+            return call()
+
+    return called
+
+
 def gradients(name: str) -> Callable[[int, int, int, str], Call]:
     def make(B: int, L: int, width: int, device: str) -> Call:
         branches, qkv, options = tensors(B, L, width, device)
@@ -57,7 +69,7 @@ def gradients(name: str) -> Callable[[int, int, int, str], Call]:
         def call() -> tuple[Tensor, ...]:
             known = _launch.plan("tiles", (grad_out, *qkv), name)
             tables = known.once(lambda: backward.row_tables(grad_out, out, lse, None, branches, None, None, known))
-            inputs = backward.Inputs(grad_out, *qkv, branches, options, tables, known)
+            inputs = backward.Inputs(grad_out, *qkv, branches, options, tables, known, name.endswith("in Gluon"))
             return (backward.query_gradient(inputs),) if name == "dq" else backward_keys.key_gradients(inputs)
 
         return call
@@ -85,6 +97,17 @@ def tiles(rows: list[int], columns: list[int], edges: list[int], stages: list[in
     return found
 
 
+def gluon_tiles() -> list[Config]:
+    found = itertools.product((64, 128), (32, 64), (2, 3, 4))
+    return [Config({"BLOCK_N": N, "BLOCK_EDGE": edge, "STAGES": stages}, maxnreg=168) for N, edge, stages in found]
+
+
+def fits(config: Config, width: int) -> bool:
+    """Whether shared memory holds a tile in Gluon: a ring of keys and values, two tiles of queries, keys at an edge, tables."""
+    N, edge, stages = (config.blocks.get(name, 0) for name in ("BLOCK_N", "BLOCK_EDGE", "STAGES"))
+    return not stages or 2 * width * (2 * stages * N + 4 * 64 + 2 * edge) + TABLES <= SHARED
+
+
 QUERIES, KEYS = ("BLOCK_M", "BLOCK_N"), ("BLOCK_N", "BLOCK_M")
 # By kernel: the tables to change, how to call it, other tiles.
 KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list[Config]]] = {
@@ -93,11 +116,17 @@ KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list
         forward,
         tiles([64, 128], [32, 64, 128], [16, 32], [2, 3], QUERIES),
     ),
+    "forward in Gluon": ([configs.ATTENTION_FORWARD_GLUON], forward_in_gluon, gluon_tiles()),
     "dq": ([configs.ATTENTION_BACKWARD_QUERIES], gradients("dq"), tiles([64, 128], [16, 32, 64], [16, 32], [2, 3], QUERIES)),
     "text keys": (
         [configs.ATTENTION_BACKWARD_TEXT_KEYS],
         gradients("text keys"),
         tiles([64, 128], [16, 32, 64], [0], [2, 3], KEYS),
+    ),
+    "text keys in Gluon": (
+        [configs.ATTENTION_BACKWARD_KEYS_GLUON],
+        gradients("text keys in Gluon"),
+        [Config({"STAGES": stages}, maxnreg=168) for stages in (2, 3, 4)],
     ),
     "own keys": ([configs.ATTENTION_BACKWARD_OWN_KEYS], gradients("own keys"), tiles([64, 128], [16, 32], [0], [2, 3], KEYS)),
     "decode": ([configs.THOUGHT_DECODE], decode, tiles([64, 128], [32, 64], [16, 32], [2, 3], QUERIES)),
@@ -141,7 +170,8 @@ def time_kernel(kernel: str, width: int, pool: ProcessPoolExecutor, deadline: fl
     calls = [KERNELS[kernel][1](B, L, width, "cuda") for B, L in SIZES]
     truths = [[x.float() for x in call()] for call in calls]
     rows = [{"tile": f"now: {shown(usual)}", "seconds": [seconds(call) for call in calls], "note": ""}]
-    waiting = {pool.submit(compile_tile, kernel, width, i): i for i in range(len(KERNELS[kernel][2]))}
+    fitting = [i for i, config in enumerate(KERNELS[kernel][2]) if fits(config, width)]
+    waiting = {pool.submit(compile_tile, kernel, width, i): i for i in fitting}
     try:
         for done in as_completed(waiting, timeout=max(1.0, deadline - time.monotonic())):
             config, took, note = KERNELS[kernel][2][waiting[done]], [float("inf")] * len(SIZES), ""
@@ -173,6 +203,9 @@ def main() -> None:
         parser.error(f"no {', '.join(sorted(unknown))}; choose from {', '.join(KERNELS)}")
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"))
     for kernel in args.kernels:
+        if "Gluon" in kernel and (reason := gluon_why_not_on(torch.device("cuda"), torch.bfloat16, args.width)):
+            print(f"{kernel}: not run: {reason}")
+            continue
         rows = time_kernel(kernel, args.width, pool, time.monotonic() + args.seconds)
         print(f"\n{kernel}, width {args.width}: µs with B, L = {SIZES}; {len(rows)} of {len(KERNELS[kernel][2]) + 1} tiles")
         for row in rows[:BEST] + [row for row in rows[BEST:] if row["tile"].startswith("now")]:

@@ -81,7 +81,8 @@ def call(options: str, place: int, name: str) -> tuple[str, str | None, float]:
     error = None
     try:
         some = case if candidate.compiles else case.to_compile()
-        some.call(candidate.prepare(some), some.inputs(seed=0))
+        with candidate.switch():
+            some.call(candidate.prepare(some), some.inputs(seed=0))
         if case.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the processes share the device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.machine import package_version, served_by
 from quietstar_kernels import __version__, backends
+from quietstar_kernels.triton import gluon_is_on, gluon_why_not_on
 
 PACKAGE = "quietstar-kernels"  # ours
 
@@ -35,6 +38,7 @@ class Candidate:
         needs: FLOPs and bytes it takes, if they outgrow the useful ones. It isn't tried if either is too much.
         compiles: whether its first call of a case takes seconds and leaves a compiled kernel in a cache on disk.
         is_partial: whether it does only a part of the op's work, as a lower bound on the time. It is then no rival.
+        switch: the context in which it is prepared, checked and called.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Candidate:
     needs: Callable[[Any], Work] = _no_needs
     is_partial: bool = False
     compiles: bool = False
+    switch: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def version(self) -> str:
@@ -69,3 +74,27 @@ def by_back_end(op: str, ours: Callable[..., Callable[..., Any]]) -> list[Candid
         Candidate(f"{op}, {name}", partial(ours, backend=name), PACKAGE, partial(why_not, name=name))
         for name in ("cuda", "triton")
     ]
+
+
+def in_gluon(ours: Callable[..., Callable[..., Any]]) -> Candidate:
+    """Attention's ``ours`` again, by the kernels in Gluon."""
+
+    def why_not(case: Any) -> str | None:
+        if (name := served_by(case.device)["thought_attention"]) != "triton":
+            return f"attention is served by {name} here"
+        if gluon_is_on():
+            return "the default with QUIETSTAR_GLUON=1, measured above"
+        return gluon_why_not_on(case.device, case.dtype, case.K)
+
+    return Candidate("thought_attention, Gluon", ours, PACKAGE, why_not, switch=gluon)
+
+
+@contextmanager
+def gluon() -> Iterator[None]:
+    """Attention takes the kernels in Gluon inside, in the backward too."""
+    before = os.environ.get("QUIETSTAR_GLUON", "0")
+    os.environ["QUIETSTAR_GLUON"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["QUIETSTAR_GLUON"] = before

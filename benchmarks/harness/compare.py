@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def compare(case: Case, ours: Candidate, baselines: Sequence[Candidate], conditi
     try:
         my_function = _checked(case, ours, mine, conditions)
         sets = input_sets(case)
-        my_runs = _runs(case, my_function, sets, mine)
+        my_runs = _runs(case, ours, my_function, sets, mine)
         if my_runs and (case.device.type == "cuda" or not baselines):
             alone = effort.rounds if not baselines else 1
             _fill(mine, case, conditions.rates, measure({"ours": my_runs}, case.device, alone, effort.budget)["ours"])
@@ -129,7 +130,7 @@ def compare(case: Case, ours: Candidate, baselines: Sequence[Candidate], conditi
         for baseline in baselines:
             row = blank(case, baseline)
             rows.append(row)
-            runs = _runs(case, _checked(case, baseline, row, conditions), sets, row)
+            runs = _runs(case, baseline, _checked(case, baseline, row, conditions), sets, row)
             if not runs:
                 continue
             try:
@@ -160,19 +161,25 @@ def _checked(case: Case, candidate: Candidate, row: Row, conditions: Conditions)
         if reason := candidate.why_not(case) or _too_much(candidate, case, conditions):
             row.note = reason
             return None
-        function = candidate.prepare(case)
-        case.check(function)
+        with candidate.switch():
+            function = candidate.prepare(case)
+            case.check(function)
         return function
     except Exception as error:  # whatever a candidate raises is reported in its row
         _failed(row, error, case)
         return None
 
 
-def _runs(case: Case, function: Callable[..., Any] | None, sets: Sequence[Inputs], row: Row) -> list[Run]:
+def _runs(case: Case, candidate: Candidate, function: Callable[..., Any] | None, sets: Sequence[Inputs], row: Row) -> list[Run]:
     """A run for each set of inputs, with the peak memory of one in the row. Empty without a function, or without room."""
     if function is None:
         return []
-    runs = [lambda x=x: case.call(function, x) for x in sets]
+
+    def run(inputs: Inputs) -> Any:
+        with candidate.switch():
+            return case.call(function, inputs)
+
+    runs: list[Run] = [partial(run, x) for x in sets]
     try:
         row.peak_bytes = peak_memory(runs[0], case.device)
     except RuntimeError as error:  # there was room for the check, but not for all sets of inputs

@@ -1,15 +1,17 @@
 """Every candidate has a row, and only one with a right result has a time."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.bench_thought_attention import OURS, AttentionCase
-from benchmarks.harness.candidate import Candidate
+from benchmarks.harness.candidate import Candidate, gluon, in_gluon
 from benchmarks.harness.case import Case, Work
 from benchmarks.harness.clock import Timing
 from benchmarks.harness.compare import Gone, compare, input_sets
+from quietstar_kernels.triton import gluon_is_on
 
 TINY = AttentionCase(L=9, N=2, S=3, H=2, G=1, K=8)
 RIGHT = Candidate("right", OURS.prepare)
@@ -187,3 +189,35 @@ def test_what_was_measured_is_written_before_a_candidate_takes_a_gpu_down(dies_i
 def test_ours_alone(conditions):
     (mine,) = compare(TINY, OURS, [], conditions)
     assert mine.is_ours and mine.seconds and mine.times_ours == 1 and mine.rounds == conditions.effort.rounds
+
+
+def test_a_switch_is_on_while_its_candidate_is_checked_and_called_and_no_longer(conditions, monkeypatch):
+    monkeypatch.delenv("QUIETSTAR_GLUON", raising=False)
+    seen = {"ours": [], "its": []}
+
+    def watched(case, name):
+        def attend(q, k, v):
+            out = OURS.prepare(case)(q, k, v)
+            out.register_hook(lambda grad: seen[name].append(gluon_is_on()))
+            return out
+
+        return attend
+
+    ours, its = (Candidate(name, partial(watched, name=name)) for name in seen)
+    its = replace(its, switch=gluon)
+    assert all(row.seconds for row in compare(replace(TINY, what="forward+backward"), ours, [its], conditions))
+    assert {*seen["ours"]} == {False} and {*seen["its"]} == {True} and not gluon_is_on()
+
+
+@pytest.mark.parametrize(
+    "served, value, device, reason",
+    [
+        ("cpu", "0", "cpu", "attention is served by cpu here"),
+        ("triton", "1", "cpu", "the default with QUIETSTAR_GLUON=1, measured above"),
+        ("triton", "0", "cpu", "they serve Hopper, sm_90, and this is "),
+    ],
+)
+def test_why_attention_in_gluon_is_not_measured(served, value, device, reason, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.candidate.served_by", lambda device: {"thought_attention": served})
+    monkeypatch.setenv("QUIETSTAR_GLUON", value)
+    assert reason in in_gluon(OURS.prepare).why_not(TINY)

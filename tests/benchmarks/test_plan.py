@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import run
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import tiles
 from benchmarks.gpu.processes import ROOT
 from benchmarks.gpu.stages import MINUTES, ROWS, STAGES, TREES, WITHOUT_A_GPU, Plan
 from benchmarks.run import BENCHMARKS
@@ -55,6 +57,28 @@ def test_every_grid_and_baseline_exists(name):
     assert all(any(case.grid == grid for case, _ in found) for grid in ROWS[name].grids)
     smoke = run.make_parser().parse_args([*ROWS[name].options, "--device", "cpu", "--smoke"])
     assert {case.op for _, case in run.select(smoke)} == {*ROWS[name].ops}
+
+
+def test_gluon_is_checked_then_measured_beside_triton_then_its_tiles_are_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    found = commands(Plan(tmp_path / "a.json"))
+    check = found["sanitize"][0]["Gluon"]
+    assert check[:2] == ["env", "QUIETSTAR_GLUON=1"] and check[-4:] == ["--backend", "triton", "--op", "thought_attention"]
+    for name in ("NaN, Gluon", "memcheck, Gluon", "synccheck, Gluon"):
+        assert found["sanitize"][0][name][-4:] == ["benchmarks.gpu.small_cases", "--device", "cuda", "--gluon"]
+    rows = selected(ROWS["attention"])
+    assert all([x.name for x in against] == ["thought_attention, Gluon"] for _, against in rows)
+    assert {(case.op, case.L, case.B) for case, _ in rows} >= {("thought_attention", L, B) for L, B in ((256, 8), (2048, 16))}
+    assert found["attention"][2]["tiles, Gluon"][-4:-1] == ["forward in Gluon", "text keys in Gluon", "--seconds"]
+
+
+@pytest.mark.parametrize("width, stages", [(64, {2, 3, 4}), (128, {2})])
+def test_tiles_in_gluon_fit_into_shared_memory(width, stages):
+    """Of blocks of 128 keys with edges of 32, the default among them."""
+    fitting = [x.blocks for x in tiles.KERNELS["forward in Gluon"][2] if tiles.fits(x, width)]
+    assert {x["STAGES"] for x in fitting if (x["BLOCK_N"], x["BLOCK_EDGE"]) == (128, 32)} == stages
+    assert tiles.configs.ATTENTION_FORWARD_GLUON["sm_90", 2, width].blocks in fitting
+    assert all(tiles.fits(x, width) for x in tiles.KERNELS["forward"][2])
 
 
 def test_all_tests_for_a_gpu_are_in_it(tmp_path):
