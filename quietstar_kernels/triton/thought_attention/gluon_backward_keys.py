@@ -106,17 +106,23 @@ def launch(inputs: Inputs, ranges: Tensor, dk: Tensor, dv: Tensor, parts: int) -
 
 
 @gluon.jit
+def rows_of_turn(turn, walk):
+    """The head in its group, the first query row of the turn's tile, and the row after the last."""
+    row0, row_end = row_tile(
+        turn % walk.tiles, walk.text_tiles, walk.text_start, walk.text_end, walk.own_start, walk.own_end, GROUP
+    )
+    return turn // walk.tiles, row0, row_end
+
+
+@gluon.jit
 def list_rows(lse, delta, first, count, oldest, n0, L, rows, shared, walk, tile):
     """Hand out the tables of each tile of rows. The pointers are those of the batch row, and lse, delta of the first head."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     i = gl.arange(0, GROUP, layout=LANES)
     zero = gl.program_id(0) * 0
     place = Place(zero, zero + 1)
-    index, h = walk.begin % gl.maximum(walk.tiles, 1), walk.begin // gl.maximum(walk.tiles, 1)
-    for _ in range(walk.begin, walk.stop):
-        row0, row_end = row_tile(
-            index, walk.text_tiles, walk.text_start, walk.text_end, walk.own_start, walk.own_end, GROUP
-        )  # fmt: skip
+    for turn in range(walk.begin, walk.stop):
+        h, row0, row_end = rows_of_turn(turn, walk)
         inside = i < row_end - row0
         at = h * rows + row0
         row_lse = gl.load(lse + at + i, mask=inside, other=float("inf"))
@@ -147,8 +153,6 @@ def list_rows(lse, delta, first, count, oldest, n0, L, rows, shared, walk, tile)
             put(shared.numbers, slot * NUMBERS + 1 + part, seen)
         mbarrier.arrive(shared.full.index(slot), count=1)
         place = after(place, tile.STAGES)
-        last = index + 1 >= walk.tiles
-        index, h = gl.where(last, 0, index + 1), gl.where(last, h + 1, h)
 
 
 @gluon.jit
@@ -161,11 +165,8 @@ def copy_rows(q_tiles, grad_tiles, k_tiles, v_tiles, b, g, n0, HG, shared, walk,
         copy_tile(v_tiles, [b, g, n0 + part * GROUP, 0], full, shared.v.index(part))
     zero = gl.program_id(0) * 0
     place = Place(zero, zero + 1)
-    index, h = walk.begin % gl.maximum(walk.tiles, 1), walk.begin // gl.maximum(walk.tiles, 1)
-    for _ in range(walk.begin, walk.stop):
-        row0, row_end = row_tile(
-            index, walk.text_tiles, walk.text_start, walk.text_end, walk.own_start, walk.own_end, GROUP
-        )  # fmt: skip
+    for turn in range(walk.begin, walk.stop):
+        h, row0, row_end = rows_of_turn(turn, walk)
         slot, phase = place
         mbarrier.wait(shared.empty.index(slot), phase)
         full = shared.full.index(slot)
@@ -173,8 +174,6 @@ def copy_rows(q_tiles, grad_tiles, k_tiles, v_tiles, b, g, n0, HG, shared, walk,
         copy_tile(q_tiles, [b, g * HG + h, row0, 0], full, shared.q.index(slot))
         copy_tile(grad_tiles, [b, g * HG + h, row0, 0], full, shared.grads.index(slot))
         place = after(place, tile.STAGES)
-        last = index + 1 >= walk.tiles
-        index, h = gl.where(last, 0, index + 1), gl.where(last, h + 1, h)
 
 
 @gluon.jit
