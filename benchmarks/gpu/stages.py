@@ -32,7 +32,7 @@ STAGES = {
         0.9,
         "recurrent layers, which no GPU has run: against plain PyTorch, FLA in bf16 if it is there; then their times",
     ),
-    "attention": (1.7, "our attention, by Triton and by Gluon, then alone; other tiles of both, and of dK, dV in Gluon"),
+    "attention": (1.7, "our attention, by Triton and by Gluon, then alone; other tiles of both, and of dK, dV"),
     "profile": (1.1, "hardware counters of the attention kernels"),
     "peers": (1.5, "attention against the strongest other kernels"),
     "step": (1.2, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
@@ -200,7 +200,7 @@ class Plan:
             command = [*_module("benchmarks.gpu.tiles"), *kernels, "--seconds"]
             return Step(lambda seconds: {title: [*command, f"{max(5.0, (seconds - 15) / len(kernels)):.0f}"]}, part)
 
-        gluon = search("tiles, Gluon", ["forward in Gluon", "text keys in Gluon"], 0.6)
+        gluon = search("tiles, Gluon", ["forward in Gluon", "text keys in Gluon", "own keys"], 0.6)
         tiles = [gluon, search("tiles", ["forward"], 1.0)]
         return rows if self.rehearsal else rows + tiles
 

@@ -68,8 +68,9 @@ def gradients(name: str) -> Callable[[int, int, int, str], Call]:
 
         def call() -> tuple[Tensor, ...]:
             known = _launch.plan("tiles", (grad_out, *qkv), name)
-            tables = known.once(lambda: backward.row_tables(grad_out, out, lse, None, branches, None, None, known))
-            inputs = backward.Inputs(grad_out, *qkv, branches, options, tables, known, name.endswith("in Gluon"))
+            given = branches, branches.contiguous()
+            tables = known.once("tables", lambda: backward.row_tables(grad_out, out, lse, None, *given, None, None, known))
+            inputs = backward.Inputs(grad_out, *qkv, *given, options, tables, known, name.endswith("in Gluon"))
             return (backward.query_gradient(inputs),) if name == "dq" else backward_keys.key_gradients(inputs)
 
         return call
@@ -95,6 +96,12 @@ def tiles(rows: list[int], columns: list[int], edges: list[int], stages: list[in
             blocks = {names[0]: M, names[1]: N, "SLICES": 1} | ({"BLOCK_EDGE": edge} if edge else {})
             found += [Config(blocks, warps, depth, maxnreg=most) for most in (None, {4: 168, 8: 128}[warps])]
     return found
+
+
+def small_tiles() -> list[Config]:
+    """Of a branch or two, as own keys beside Gluon have them."""
+    found = itertools.product((16, 32), (16, 32), (1, 2, 4), (2, 3))
+    return [Config({"BLOCK_N": N, "BLOCK_M": M, "SLICES": 1}, warps, stages) for N, M, warps, stages in found]
 
 
 def gluon_tiles() -> list[Config]:
@@ -128,7 +135,11 @@ KERNELS: dict[str, tuple[list[Table], Callable[[int, int, int, str], Call], list
         gradients("text keys in Gluon"),
         [Config({"STAGES": stages}, maxnreg=168) for stages in (2, 3, 4)],
     ),
-    "own keys": ([configs.ATTENTION_BACKWARD_OWN_KEYS], gradients("own keys"), tiles([64, 128], [16, 32], [0], [2, 3], KEYS)),
+    "own keys": (
+        [configs.ATTENTION_BACKWARD_OWN_KEYS],
+        gradients("own keys"),
+        small_tiles() + tiles([64, 128], [16, 32], [0], [2, 3], KEYS),
+    ),
     "decode": ([configs.THOUGHT_DECODE], decode, tiles([64, 128], [32, 64], [16, 32], [2, 3], QUERIES)),
 }
 

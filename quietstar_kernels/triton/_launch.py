@@ -50,13 +50,13 @@ class Plan:
         self.device = device
         self.known: dict[tuple[str, Config], tuple] = {}
         self.described: dict[Config, Tiles] = {}
-        self.choice: Any = None
+        self.choices: dict[str, Any] = {}
 
-    def once(self, choose: Callable[[], Choice]) -> Choice:
-        """What ``choose`` returned the first time. It may only depend on the facts of the plan."""
-        if self.choice is None:
-            self.choice = choose()
-        choice: Choice = self.choice
+    def once(self, name: str, choose: Callable[[], Choice]) -> Choice:
+        """What ``choose`` returned the first time under this name. It may only depend on the facts of the plan."""
+        if name not in self.choices:
+            self.choices[name] = choose()
+        choice: Choice = self.choices[name]
         return choice
 
     def tiles(self, config: Config, tensors: tuple[Tensor, ...], describe: Callable[[], Tiles]) -> Tiles:
@@ -108,8 +108,9 @@ def _plain(x: Any) -> Any:
 
 def _same_tiles(tiles: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
     """The same tiles of another tensor with the same dtype, shape, strides and alignment."""
-    copy = object.__new__(type(tiles))  # Triton's class, or Gluon's
-    copy.__dict__.update(tiles.__dict__, base=x)
+    copy = object.__new__(tiles.__class__)  # Triton's class, or Gluon's
+    copy.__dict__.update(tiles.__dict__)
+    copy.base = x
     return copy
 
 
@@ -181,7 +182,7 @@ def key_tiles(k: Tensor, v: Tensor, config: Config, known: Plan, *blocks: str) -
 
 def pairs_together(pairs: int, rows: int, width: int, itemsize: int) -> int:
     """How many of the ``pairs`` of a batch row and a key head take turns, if each reads ``rows`` of ``width`` numbers."""
-    return max(1, min(pairs, CACHE // (rows * width * itemsize)))
+    return max(1, min(pairs, CACHE // (max(rows, 1) * width * itemsize)))
 
 
 def tile_of(config: Config, K: int, E: int) -> Tile:

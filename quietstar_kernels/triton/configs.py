@@ -206,6 +206,8 @@ ATTENTION_BACKWARD_KEYS_GLUON: Table = {
     ("sm_90", 2, 64): Config({"STAGES": 3}, maxnreg=168),
     ("sm_90", 2, 128): Config({"STAGES": 2}, maxnreg=168),
 }
+# For branches of few rows, where Gluon serves: so far counted and compiled, not timed.
+ATTENTION_BACKWARD_SHORT_KEYS: Table = {("sm_90", 2, 128): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}, 2, 3)}
 ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_N": 16, "BLOCK_M": 16, "SLICES": 1}),
     ("sm_80", 2, 128): Config({"BLOCK_N": 32, "BLOCK_M": 32, "SLICES": 1}, num_stages=3),
@@ -220,7 +222,6 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
 }
-
 # linear_logprob reads fp32 logits whatever the model's dtype: BLOCK_R rows, BLOCK_V ids at a time in a loop along the rows.
 ONLINE_SOFTMAX: Table = {
     ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),

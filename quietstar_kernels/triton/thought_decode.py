@@ -71,14 +71,14 @@ def thought_decode(
         tiles = B * G * cdiv(thoughts * (H // G), config.blocks["BLOCK_M"])
         return config, tiles, splits_of(tiles, L, config.blocks["BLOCK_N"], q.device)
 
-    config, tiles, splits = known.once(choose)
+    config, tiles, splits = known.once("tiles", choose)
     parts = parts_of(out, splits)
     k_full, v_full = key_tiles(k_text, v_text, config, known, "BLOCK_N")
 
     def prepare() -> Launch:
         strides = [Stride(*x.stride()[:3]) for x in (q, k_text, v_text)]
         strides += [Stride(x.stride(0), x.stride(1), x.stride(3), x.stride(2)) for x in (k_own, v_own)]
-        together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
+        together = pairs_together(B * G, L, K + E, q.element_size())
         numbers = tuple(strides), B, G, together, H // G, L, thoughts, window, scale, softcap
         return Launch(_decode, (tiles, splits), numbers, {"tile": tile_of(config, K, E)})
 

@@ -69,7 +69,7 @@ def test_gluon_is_checked_then_measured_beside_triton_then_its_tiles_are_searche
     rows = selected(ROWS["attention"])
     assert all([x.name for x in against] == ["thought_attention, Gluon"] for _, against in rows)
     assert {(case.op, case.L, case.B) for case, _ in rows} >= {("thought_attention", L, B) for L, B in ((256, 8), (2048, 16))}
-    assert found["attention"][2]["tiles, Gluon"][-4:-1] == ["forward in Gluon", "text keys in Gluon", "--seconds"]
+    assert found["attention"][2]["tiles, Gluon"][-5:-1] == ["forward in Gluon", "text keys in Gluon", "own keys", "--seconds"]
 
 
 @pytest.mark.parametrize("width, stages", [(64, {2, 3, 4}), (128, {2})])

@@ -2,9 +2,9 @@
 
 ``compiled/<op>.py`` yields the launches: host functions of the op on meta tensors. "usual" leaves out dtypes and options of
 which the tables of tiles know nothing; "brief", all but heads of 128 in 16 bit; "thorough" leaves trees to "trees", so that
-the two can run side by side; "gluon" are the kernels in Gluon. For sm_90 "loops" are those of the kernels in HGMMA, in 16 bits.
-"advice" holds the codes of ptxas's advice on a kernel. C7515 and similar ones mean that products wait for each other. "fences"
-is what ``fences.missing`` finds, and how much more without each of the fences.
+the two can run side by side; "gluon" are the kernels in Gluon, and own keys beside them. For sm_90 "loops" are those of the
+kernels in HGMMA, in 16 bits. "advice" holds the codes of ptxas's advice on a kernel. C7515 and similar ones mean that products
+wait for each other. "fences" is what ``fences.missing`` finds, and how much more without each of the fences.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def compile_op(op: str, target: str, extent: str) -> None:
         if extent in ("thorough", "trees") and label.endswith("on a tree") != (extent == "trees"):
             continue
         with (
-            compiled_for(target, cases.GLUON if in_gluon else None) as kernels,
+            compiled_for(target, {*cases.GLUON, "attention_backward_keys"} if in_gluon else None) as kernels,
             contextlib.redirect_stdout(io.StringIO()) as log,
         ):
             launch()

@@ -85,16 +85,19 @@ def test_kernels_in_gluon(python, record_property):
         pytest.skip("make test-lowest makes the environment with the oldest versions")
     rows = compiled(["thought_attention"], "sm_90", "gluon", record_property, str(python))
     of = rules("thought_attention")
-    assert Counter(row["kernel"] for row in rows) == {"gluon_attention_forward": 13, "gluon_attention_text_keys": 9}
+    counts = {"gluon_attention_forward": 13, "gluon_attention_text_keys": 9, "attention_backward_own_keys": 9}
+    assert Counter(row["kernel"] for row in rows) == counts
     for row in rows:
-        judge_gluon(row, of)
+        if row["kernel"] in of.GLUON:
+            judge_gluon(row, of)
+        else:
+            assert not row["spills"] and row["matrix"], f"{row['kernel']} {row['label']}"
 
 
 def judge_gluon(row, of):
     """Loops over whole blocks have the most products. Edges have two kinds of them one after the other, of which one runs."""
     what = f"{row['kernel']} {row['label']}"
-    spills = of.GLUON_SPILLS.get(row["kernel"], 0) if "softcap" in row["label"] else 0
-    assert row["spills"] <= spills and not row["advice"], what
+    assert not row["spills"] and not row["advice"], what
     assert row["shared"] <= TARGETS["sm_90"] * 1024 and row["registers"] * row["warps"] * 32 <= 65536, what
     assert len(row["loops"]) == of.GLUON[row["kernel"]], what
     most = max(loop["products"] for loop in row["loops"])
@@ -138,7 +141,7 @@ def compiled(ops, target, extent, record_property, python):
             f"  {row['kernel']:<28} {row['label']:<40} {row['registers']:>3} registers, {row['spills']} spills, "
             f"{row['shared'] / 1024:>5.1f} KB, {row['warps']} warps, {row['matrix']} matrix instructions"
         )
-        if extent == "gluon":
+        if extent == "gluon" and "loops" in row:
             lines[-1] += f", loops of {', '.join(str(loop['instructions']) for loop in row['loops'])}"
     record_property("table", "\n".join(lines))  # tests/conftest.py prints it at the end
     return rows

@@ -18,8 +18,8 @@ _compiled: set[tuple] = set()
 
 
 def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """Implements ``reference.thought_attention``. If a backward will follow, its kernels are compiled at the same time."""
-    if q.requires_grad and not INTERPRETED:
+    """Implements ``reference.thought_attention``. If a backward will launch kernels, they are compiled at the same time."""
+    if q.requires_grad and q.numel() and not INTERPRETED:
         _, window, softcap, sinks = options
         given = [x is None for x in (window, softcap, sinks, branches.tree)]
         kind = q.device, q.dtype, q.shape[-1], v.shape[-1], *given
@@ -39,16 +39,18 @@ def thought_attention_backward(
     if sinks is not None:
         sinks = sinks.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    given = grad_out, q, k, v, out, lse, grad_lse, sinks, *branches.contiguous()
+    layout = branches.contiguous()
+    given = grad_out, q, k, v, out, lse, grad_lse, sinks, *layout
     in_gluon = gluon_is_on()
     known = plan("thought_attention_backward", given, branches.full, scale, window, softcap, in_gluon)
     if in_gluon:
         widths = q.shape[-1], v.shape[-1]
         in_gluon = known.once(
-            lambda: gluon_why_not(target(), q.dtype, *widths) is None and all(map(has_tiles, (grad_out, q, k, v)))
+            "in Gluon",
+            lambda: gluon_why_not(target(), q.dtype, *widths) is None and all(map(has_tiles, (grad_out, q, k, v))),
         )
-    tables = row_tables(grad_out, out, lse, grad_lse, branches, window, sinks, known)
-    inputs = Inputs(grad_out, q, k, v, branches, options, tables, known, in_gluon)
+    tables = row_tables(grad_out, out, lse, grad_lse, branches, layout, window, sinks, known)
+    inputs = Inputs(grad_out, q, k, v, branches, layout, options, tables, known, in_gluon)
     dq = query_gradient(inputs)
     dk, dv = key_gradients(inputs)
     dsinks = None if sinks is None or tables.dsinks is None else tables.dsinks.sum((0, 2)).to(sinks.dtype)

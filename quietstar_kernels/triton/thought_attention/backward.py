@@ -42,7 +42,7 @@ from .._device import (
     window_bounds,
 )
 from .._launch import Launch, Plan, cdiv, padded, pairs_together, tile_of
-from ..configs import ATTENTION_BACKWARD_QUERIES, ATTENTION_BACKWARD_QUERIES_TREE, ATTENTION_BACKWARD_ROWS, pick
+from ..configs import ATTENTION_BACKWARD_QUERIES, ATTENTION_BACKWARD_QUERIES_TREE, ATTENTION_BACKWARD_ROWS, Config, pick
 
 # From 2^28 on, rounding alone moves a score so far that exp(score - lse) may overflow. Such a row has all its weight on one
 # key, and its scores no gradient.
@@ -82,6 +82,7 @@ class Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     branches: Branches
+    layout: list[Tensor | None]  # ``branches.contiguous()``
     options: AttentionOptions
     tables: Rows
     plan: Plan
@@ -90,7 +91,7 @@ class Inputs(NamedTuple):
 
 def row_tables(
     grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None,
-    branches: Branches, window: int | None, sinks: Tensor | None, known: Plan,
+    branches: Branches, layout: list[Tensor | None], window: int | None, sinks: Tensor | None, known: Plan,
 ) -> Rows:  # fmt: skip
     """Tables of the rows of grad_out and out [B,H,rows,E], lse and grad_lse [B,H,rows]: all M rows, or the last R."""
     B, H, rows, E = out.shape
@@ -100,7 +101,6 @@ def row_tables(
     first, count, own_first, own_count = (out.new_empty(B * rows + TAIL, dtype=torch.int32) for _ in range(4))
     oldest = None if window is None else torch.empty_like(first)
     dsinks = None if sinks is None else out.new_empty((B, H, blocks), dtype=torch.float32)
-    layout = branches.contiguous()
 
     def prepare() -> Launch:
         strides = Stride(*grad_out.stride()[:3]), Stride(*out.stride()[:3])
@@ -169,22 +169,26 @@ def query_gradient(inputs: Inputs) -> Tensor:
     As in the forward, a program takes BLOCK_M query rows of one key head and loops over their keys: first those at the edges,
     then those that all rows see, of own rows and text. dS = p * (dO v^T - delta), dq = scale * dS k.
     """
-    grad_out, q, k, v, branches, (scale, _, softcap, _), tables, known, _ = inputs
+    grad_out, q, k, v, branches, layout, (scale, _, softcap, _), tables, known, _ = inputs
     B, H, rows, K = q.shape
     G, E = k.shape[1], v.shape[-1]
     dq = q.new_empty(q.shape)
-    tables_of = [ATTENTION_BACKWARD_QUERIES_TREE] * (branches.tree is not None) + [ATTENTION_BACKWARD_QUERIES]
-    config = pick(tables_of, q.element_size(), max(K, E))
+
+    def choose() -> Config:
+        first = [ATTENTION_BACKWARD_QUERIES_TREE] * (branches.tree is not None)
+        return pick([*first, ATTENTION_BACKWARD_QUERIES], q.element_size(), max(K, E))
+
+    config = known.once("queries", choose)
 
     def prepare() -> Launch:
         HG, BLOCK_M, L, M = H // G, config.blocks["BLOCK_M"], branches.L, branches.M
         tiles = cdiv((M - L) * HG, BLOCK_M) + cdiv((rows - (M - L)) * HG, BLOCK_M)
         strides = tuple(Stride(*x.stride()[:3]) for x in (grad_out, q, k, v))
-        together = pairs_together(B * G, max(L, 1), K + E, q.element_size())
+        together = pairs_together(B * G, L, K + E, q.element_size())
         numbers = strides, B, G, together, HG, rows, L, M, branches.C, scale, softcap
         return Launch(attention_backward_queries, (tiles * B * G,), numbers, {"tile": tile_of(config, K, E)})
 
-    tensors = grad_out, q, k, v, tables, *branches.contiguous(), dq
+    tensors = grad_out, q, k, v, tables, *layout, dq
     known.launch("queries", config, tensors, prepare)
     return dq
 

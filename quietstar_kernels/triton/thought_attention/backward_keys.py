@@ -20,6 +20,7 @@ from .._launch import Launch, Plan, cdiv, padded, pairs_together, tile_of
 from ..configs import (
     ATTENTION_BACKWARD_OWN_KEYS,
     ATTENTION_BACKWARD_RANGES,
+    ATTENTION_BACKWARD_SHORT_KEYS,
     ATTENTION_BACKWARD_SUM,
     ATTENTION_BACKWARD_TEXT_KEYS,
     Config,
@@ -31,23 +32,29 @@ from .backward import Inputs
 # are split into parts whose sums are added in order: enough for PROGRAMS, eight on each of 132 multiprocessors, but at most
 # PARTS, and with TILES row tiles each on average.
 PROGRAMS, PARTS, TILES = 1056, 8, 16
-# Rows of a branch, on average, from which its keys take the tiles of text, if these make so many programs.
-LONG, LONG_PROGRAMS = 128, 264
+# Rows of a branch, on average: up to SHORT, and from LONG on, its keys have other tiles, the latter those of text if there are
+# so many programs.
+SHORT, LONG, LONG_PROGRAMS = 16, 128, 264
 
 
 def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """dk and dv, with the shapes and dtypes of k and v; 0 for rows that are off and for text that no query row sees."""
-    _, q, k, v, branches, options, _, known, in_gluon = inputs
+    _, q, k, v, branches, _, _, _, known, in_gluon = inputs
     (B, G, _, K), E, L = k.shape, v.shape[-1], branches.L
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    config, own_config = configs_of(branches, G, q.element_size(), max(K, E))
+
+    def choose() -> tuple[Config, Config, int]:
+        config, own_config = configs_of(branches, G, q.element_size(), max(K, E), in_gluon)
+        keys, rows = (128, 64) if in_gluon else (config.blocks["BLOCK_N"], config.blocks["BLOCK_M"])
+        tiles = q.shape[1] // G * cdiv(q.shape[2], rows)
+        parts = min(PARTS, cdiv(PROGRAMS, B * G * cdiv(L, keys)), tiles // TILES) if L else 0
+        return config, own_config, max(1, parts)
+
+    config, own_config, parts = known.once("keys", choose)
     if branches.R:
         _launch(inputs, None, dk, dv, 1, own_config)
     if L:
-        keys, rows = (128, 64) if in_gluon else (config.blocks["BLOCK_N"], config.blocks["BLOCK_M"])
-        ranges = row_ranges(branches, options.window, q.shape[2], keys // 2 if in_gluon else keys, known)
-        tiles = q.shape[1] // G * cdiv(q.shape[2], rows)
-        parts = max(1, min(PARTS, cdiv(PROGRAMS, B * G * cdiv(L, keys)), tiles // TILES))
+        ranges = row_ranges(inputs, 64 if in_gluon else config.blocks["BLOCK_N"])
         dk_parts = k.new_empty((parts, B, G, L, K), dtype=torch.float32)
         dv_parts = k.new_empty((parts, B, G, L, E), dtype=torch.float32)
         if in_gluon:
@@ -60,13 +67,20 @@ def key_gradients(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return dk, dv
 
 
-def configs_of(branches: Branches, G: int, itemsize: int, width: int) -> tuple[Config, Config]:
+def configs_of(branches: Branches, G: int, itemsize: int, width: int, in_gluon: bool) -> tuple[Config, Config]:
     """The tiles for keys of the text and of the branches."""
     text = pick(ATTENTION_BACKWARD_TEXT_KEYS, itemsize, width)
     programs = branches.B * G * cdiv(branches.R, text.blocks["BLOCK_N"])
     if branches.R >= LONG * branches.C and programs >= LONG_PROGRAMS:
         return text, text
-    return text, pick(ATTENTION_BACKWARD_OWN_KEYS, itemsize, width)
+    short = [ATTENTION_BACKWARD_SHORT_KEYS] * (in_gluon and branches.R <= SHORT * branches.C)
+    return text, pick([*short, ATTENTION_BACKWARD_OWN_KEYS], itemsize, width)
+
+
+def whole_branches(branches: Branches, most: int) -> int:
+    """How many own keys a program takes: ``most``, or fewer, so that branches of one length are not cut."""
+    length, rest = divmod(branches.R, max(branches.C, 1))
+    return most if rest or length > most else most // length * length
 
 
 def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts: int, config: Config) -> None:
@@ -74,7 +88,7 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
 
     dk [(parts),B,G,L or M,K] and dv [(parts),B,G,L or M,E] are contiguous.
     """
-    grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known, _ = inputs
+    grad_out, q, k, v, branches, layout, (scale, window, softcap, _), tables, known, _ = inputs
     K, E = k.shape[3], v.shape[3]
     kind = "text keys"
     if ranges is None:  # the kernel reads one range of keys for each row
@@ -82,17 +96,19 @@ def _launch(inputs: Inputs, ranges: Tensor | None, dk: Tensor, dv: Tensor, parts
 
     def prepare() -> Launch:
         (B, H, rows, _), G, L, M = q.shape, k.shape[1], branches.L, branches.M
-        blocks = cdiv(M - L if ranges is None else L, config.blocks["BLOCK_N"])
+        keys, step = L, config.blocks["BLOCK_N"]
+        if ranges is None:
+            keys, step = branches.R, whole_branches(branches, step)
         within = M if window is None else min(window, M)
         strides = tuple(Stride(*x.stride()[:3]) for x in (grad_out, q, k, v))
         together = pairs_together(B * G, H // G * rows, K + E, q.element_size())
-        sizes = B, G, together, H // G, rows, L, M, branches.C, int(branches.full), within, parts
+        sizes = B, G, together, H // G, rows, L, M, branches.C, int(branches.full), within, parts, step
         numbers = strides, *sizes, scale, softcap
-        return Launch(attention_backward_keys, (blocks * parts * B * G,), numbers, {"tile": tile_of(config, K, E)})
+        return Launch(attention_backward_keys, (cdiv(keys, step) * parts * B * G,), numbers, {"tile": tile_of(config, K, E)})
 
     if ranges is not None:  # which the rows of a node see as those of any branch do
-        branches = branches._replace(tree=None, path=None)
-    tensors = grad_out, q, k, v, tables, *branches.contiguous(), ranges
+        layout = [*layout[:3], None, None]
+    tensors = grad_out, q, k, v, tables, *layout, ranges
     if max(K, E) * q.element_size() > 256:  # with wide heads, registers only hold one of the two sums
         known.launch(f"{kind}, dk", config, (*tensors, dk, None), prepare)
         known.launch(f"{kind}, dv", config, (*tensors, None, dv), prepare)
@@ -105,13 +121,13 @@ def _name(specialization: Any) -> str:
 
 
 @triton.jit(
-    do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M", "C", "full_own", "window", "parts"],
+    do_not_specialize=["B", "G", "together", "HG", "rows", "L", "M", "C", "full_own", "window", "parts", "step"],
     do_not_specialize_on_alignment=["lo", "table", "of_row", "tree", "path"],
     repr=_name,
 )
 def attention_backward_keys(
     grad_out, q, k, v, tables, lo, table, of_row, tree, path, ranges, dk, dv, strides,
-    B, G, together, HG, rows, L, M, C, full_own, window, parts, scale, softcap, tile,
+    B, G, together, HG, rows, L, M, C, full_own, window, parts, step, scale, softcap, tile,
 ):  # fmt: skip
     stride_g, stride_q, stride_k, stride_v = strides
     BLOCK_N: tl.constexpr = tile.BLOCK_N
@@ -125,16 +141,17 @@ def attention_backward_keys(
     part, block = turn % parts, turn // parts
     before = rows - (M - L)  # query rows before the first branch row
     if ranges is None:
-        n0, end = L + block * BLOCK_N, M
+        n0 = L + block * step
+        end, size = tl.minimum(n0 + step, M), M
         text_tiles = 0
         text_end = 0
         if tree is None:
-            own_start, own_end = rows_of_keys(layout, n0 - L, M - L, full_own, window, BLOCK_N)
+            own_start, own_end = rows_of_keys(layout, n0 - L, end - L, full_own, window, BLOCK_N)
         else:
-            of_keys = rows_of_nodes(layout, n0 - L, M - L, full_own, BLOCK_N)
+            of_keys = rows_of_nodes(layout, n0 - L, end - L, full_own, BLOCK_N)
             seen_first, seen_count, key_row, own_start, own_end = of_keys
     else:
-        n0, end = block * BLOCK_N, L
+        n0, end, size = block * step, L, L
         ranges += (b * tl.cdiv(L, BLOCK_N) + block) * 3
         text_end = tl.load(ranges)
         text_tiles = tl.cdiv(tl.maximum(text_end - n0, 0), BLOCK_M)
@@ -204,7 +221,7 @@ def attention_backward_keys(
             dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=tile.PRECISION)
         index, h, row0, row_end = next_index, next_h, next_row0, next_row_end
 
-    n_first = (part * (B * G) + pair).to(tl.int64) * end + n0  # in dk and dv [parts,B,G,end,..], contiguous
+    n_first = (part * (B * G) + pair).to(tl.int64) * size + n0  # in dk and dv [parts,B,G,size,..], contiguous
     # From a start that the compiler can't know to be 0. Else it would keep rows from above in registers.
     i = tl.arange(0, BLOCK_N) + tl.minimum(tiles, 0)
     if dk is not None:
@@ -214,11 +231,11 @@ def attention_backward_keys(
 
 
 @triton.jit
-def rows_of_keys(layout, r0, R, full_own, window, BLOCK_N: tl.constexpr):
-    """First of the branch rows that may see the keys of branch rows r0..r0+BLOCK_N-1, and the row after the last."""
+def rows_of_keys(layout, r0, stop, full_own, window, BLOCK_N: tl.constexpr):
+    """First of the branch rows that may see the keys of branch rows r0..stop-1, at most BLOCK_N, and the row after the last."""
     _, table, of_row, _, _ = layout
     r = r0 + tl.arange(0, BLOCK_N)
-    branch = tl.load(of_row + r, mask=r < R, other=-1).to(tl.int64)
+    branch = tl.load(of_row + r, mask=r < stop, other=-1).to(tl.int64)
     live = branch >= 0
     start = tl.load(table + branch * 3 + 1, mask=live, other=0)
     length = tl.load(table + branch * 3 + 2, mask=live, other=0)
@@ -227,13 +244,13 @@ def rows_of_keys(layout, r0, R, full_own, window, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def rows_of_nodes(layout, r0, R, full_own, BLOCK_N: tl.constexpr):
-    """For keys of branch rows r0..r0+BLOCK_N-1 in a tree: the first branch row that sees each without a window, how many do,
-    and which row of its path it is; [BLOCK_N] each. Then the first of all these rows, and the row after the last.
+def rows_of_nodes(layout, r0, stop, full_own, BLOCK_N: tl.constexpr):
+    """For keys of branch rows r0..stop-1 in a tree, at most BLOCK_N: the first branch row that sees each without a window, how
+    many do, and which row of its path it is; [BLOCK_N] each. Then the first of all these rows, and the row after the last.
     """
     _, table, of_row, tree, path = layout
     r = r0 + tl.arange(0, BLOCK_N)
-    node = tl.load(of_row + r, mask=r < R, other=-1).to(tl.int64)
+    node = tl.load(of_row + r, mask=r < stop, other=-1).to(tl.int64)
     live = node >= 0
     row = r - tl.load(table + node * 3 + 1, mask=live, other=0)
     leaf = tl.load(tree + node * 4 + 2, mask=live, other=0)
@@ -245,20 +262,21 @@ def rows_of_nodes(layout, r0, R, full_own, BLOCK_N: tl.constexpr):
     return first, tl.where(live, end - first, 0), key_row, own_start, own_end
 
 
-def row_ranges(branches: Branches, window: int | None, rows: int, keys: int, known: Plan) -> Tensor:
-    """int32 [B,L/keys,3]: for each block of text, the end of the text rows that may see it (0 if all ``rows`` are of branches),
+def row_ranges(inputs: Inputs, keys: int) -> Tensor:
+    """int32 [B,L/keys,3]: for each block of text, the end of the text rows that may see it (0 if all rows are of branches),
     and the first branch row that may and the row after the last. No row outside sees it; some inside may not.
     """
+    _, q, _, _, branches, (lo, table, *_), (_, window, _, _), _, known, _ = inputs
     config = ATTENTION_BACKWARD_RANGES
     B, L = branches.B, branches.L
     blocks = cdiv(L, keys)
     ranges = torch.empty((B, blocks, 3), dtype=torch.int32, device=branches.device)
 
     def prepare() -> Launch:
-        numbers = L, branches.C, int(rows > branches.R), L if window is None else window
+        numbers = L, branches.C, int(q.shape[2] > branches.R), L if window is None else window
         return Launch(attention_ranges, (B * blocks,), numbers, {"BLOCK_N": keys})
 
-    known.launch("ranges", config, (branches.lo.contiguous(), branches.table.contiguous(), ranges), prepare)
+    known.launch("ranges", config, (lo, table, ranges), prepare)
     return ranges
 
 

@@ -62,6 +62,7 @@ from ..configs import (
     ATTENTION_FORWARD_OPTIONS,
     ATTENTION_FORWARD_TREE,
     LONG_TEXT,
+    Config,
     pick,
     target,
 )
@@ -95,24 +96,30 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     layout = branches.contiguous()
     in_gluon = gluon_is_on()
     known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap, in_gluon)
-    if in_gluon and known.once(lambda: gluon_why_not(target(), q.dtype, K, E) is None and all(map(has_tiles, (q, k, v)))):
+    if in_gluon and known.once(
+        "in Gluon", lambda: gluon_why_not(target(), q.dtype, K, E) is None and all(map(has_tiles, (q, k, v)))
+    ):
         from . import gluon_forward  # imports Gluon
 
-        gluon_forward.launch(q, k, v, branches, options, out, lse, known)
+        gluon_forward.launch(q, k, v, branches, [sinks, *layout], options, out, lse, known)
         return out, lse
-    first = ATTENTION_FORWARD_LONG if branches.L > LONG_TEXT else ATTENTION_FORWARD
-    if branches.tree is not None:
-        first = ATTENTION_FORWARD_TREE
-    elif window is not None or softcap is not None or sinks is not None:
-        first = ATTENTION_FORWARD_OPTIONS
-    config = pick([first, ATTENTION_FORWARD], q.element_size(), max(K, E))
+
+    def choose() -> Config:
+        first = ATTENTION_FORWARD_LONG if branches.L > LONG_TEXT else ATTENTION_FORWARD
+        if branches.tree is not None:
+            first = ATTENTION_FORWARD_TREE
+        elif window is not None or softcap is not None or sinks is not None:
+            first = ATTENTION_FORWARD_OPTIONS
+        return pick([first, ATTENTION_FORWARD], q.element_size(), max(K, E))
+
+    config = known.once("tiles", choose)
 
     def prepare() -> Launch:
         HG, BLOCK_M, R = H // G, config.blocks["BLOCK_M"], branches.R
         tiles = cdiv(R * HG, BLOCK_M) + cdiv((rows - R) * HG, BLOCK_M)
         numbers = (
             tuple(Stride(*x.stride()[:3]) for x in (q, k, v, out)),
-            B, G, pairs_together(B * G, max(branches.L, 1), K + E, q.element_size()),
+            B, G, pairs_together(B * G, branches.L, K + E, q.element_size()),
             HG, rows, branches.L, R, branches.C, int(branches.full), window, scale, softcap,
         )  # fmt: skip
         return Launch(attention_forward, (tiles * B * G,), numbers, {"tile": tile_of(config, K, E)})

@@ -86,8 +86,8 @@ class Walk(NamedTuple):
 
 def launch(inputs: Inputs, ranges: Tensor, dk: Tensor, dv: Tensor, parts: int) -> None:
     """Write dk and dv [parts,B,G,L,K] in fp32. ``ranges`` [B,L/GROUP,3] are those of ``row_ranges`` for GROUP keys."""
-    grad_out, q, k, v, branches, (scale, window, softcap, _), tables, known, _ = inputs
-    config = pick(ATTENTION_BACKWARD_KEYS_GLUON, 2, q.shape[3])
+    grad_out, q, k, v, branches, layout, (scale, window, softcap, _), tables, known, _ = inputs
+    config = known.once("text keys", lambda: pick(ATTENTION_BACKWARD_KEYS_GLUON, 2, q.shape[3]))
 
     def describe() -> list[TensorDescriptor]:
         return [described(x, 1, GROUP.value) for x in (q, grad_out, k, v)]
@@ -102,7 +102,7 @@ def launch(inputs: Inputs, ranges: Tensor, dk: Tensor, dv: Tensor, parts: int) -
     tiles = known.tiles(config, (q, grad_out, k, v), describe)
     oldest = tables.first if tables.oldest is None else tables.oldest
     rows = tables.lse, tables.delta, tables.first, tables.text_count, oldest
-    known.launch("text keys", config, (*tiles, *rows, branches.lo.contiguous(), ranges, dk, dv), prepare)
+    known.launch("text keys", config, (*tiles, *rows, layout[0], ranges, dk, dv), prepare)
 
 
 @gluon.jit
@@ -207,7 +207,7 @@ def sum_rows(dk, dv, lo, n0, L, scale, softcap, shared, walk, tile, PART: gl.con
                 without_rows(q, grads, tables, slot * TABLES + LSE, K)
             nothing = gl.full([GROUP, GROUP], 0.0, gl.float32, SCORES)
             qk = warpgroup_mma(keys, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            if not tile.SOFTCAP:  # which needs the registers
+            if not tile.SOFTCAP:  # whose products come one by one, for want of registers
                 dp = warpgroup_mma(values, grads.permute((1, 0)), nothing, use_acc=False, is_async=True)
             lse = tables.index(slot * TABLES + LSE).load(ROW)
             qk = warpgroup_mma_wait(0 if tile.SOFTCAP else 1, deps=[qk])
@@ -223,9 +223,12 @@ def sum_rows(dk, dv, lo, n0, L, scale, softcap, shared, walk, tile, PART: gl.con
             rounded = gl.convert_layout(p.to(dtype), WEIGHTS)
             p = p * slope
             if tile.SOFTCAP:
+                dv_sum = warpgroup_mma(rounded, grads, dv_sum, is_async=True)
+                dv_sum = warpgroup_mma_wait(0, deps=[dv_sum])
                 dp = warpgroup_mma(values, grads.permute((1, 0)), nothing, use_acc=False, is_async=True)
             dp = warpgroup_mma_wait(0, deps=[dp])
-            dv_sum = warpgroup_mma(rounded, grads, dv_sum, is_async=True)
+            if not tile.SOFTCAP:
+                dv_sum = warpgroup_mma(rounded, grads, dv_sum, is_async=True)
             delta = tables.index(slot * TABLES + DELTA).load(ROW)
             # Where p is not 0 the row sees the key, and dp is finite.
             ds = gl.where(p > 0.0, p * (dp - delta[None, :]), 0.0)

@@ -106,12 +106,16 @@ class Tile(NamedTuple):
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, branches: Branches, options: AttentionOptions, out: Tensor, lse: Tensor, known: Plan
-) -> None:
-    """Write out [B,H,rows,K] and lse [B,H,rows], contiguous. Gluon serves q, k and v, which have tiles: see ``forward``."""
+    q: Tensor, k: Tensor, v: Tensor, branches: Branches, facts: list[Tensor | None], options: AttentionOptions, out: Tensor,
+    lse: Tensor, known: Plan,
+) -> None:  # fmt: skip
+    """Write out [B,H,rows,K] and lse [B,H,rows], contiguous. Gluon serves q, k and v, which have tiles: see ``forward``.
+
+    ``facts`` are the sinks and ``branches.contiguous()``.
+    """
     scale, window, softcap, sinks = options
-    config = pick(ATTENTION_FORWARD_GLUON, 2, q.shape[3])
-    tensors = [branches.lo if x is None else x.contiguous() for x in (sinks, *branches.contiguous())]
+    config = known.once("tiles", lambda: pick(ATTENTION_FORWARD_GLUON, 2, q.shape[3]))
+    tensors = [branches.lo if x is None else x for x in facts]
 
     def describe() -> list[TensorDescriptor]:
         heads, size = heads_together(q, k), config.blocks["BLOCK_EDGE"]
@@ -122,7 +126,7 @@ def launch(
         heads = heads_together(q, k)
         size = 2 * GROUP.value // heads
         tiles = (cdiv(R, size) + cdiv(rows - R, size)) * (H // heads) * B
-        together = pairs_together(B * G, max(L, 1), 2 * K, q.element_size())
+        together = pairs_together(B * G, L, 2 * K, q.element_size())
         numbers = tiles, B * G, together, G, H // G, rows, L, R, C, int(branches.full), window or 0, scale, softcap or 0.0
         kind = None if sinks is None else DTYPES[sinks.dtype]
         kinds = window is not None, softcap is not None, kind, branches.tree is not None

@@ -19,8 +19,6 @@ HGMMA = {"attention_forward": 2, "attention_backward_queries": 2, "attention_bac
 HGMMA |= (GLUON := {"gluon_attention_forward": 4, "gluon_attention_text_keys": 2})
 # Barriers of a group in its longest loop. Where rows that add nothing are made 0, which most turns pass over, there are two.
 GROUP_BARRIERS = {"gluon_attention_forward": 2, "gluon_attention_text_keys": 2 + 2}
-# With a soft cap the thread's number is in memory, and read outside of products.
-GLUON_SPILLS = {"gluon_attention_text_keys": 4}
 # Here products wait for each other with all tiles that were tried; larger ones spill with Triton 3.9.
 SERIAL = {"attention_backward_queries bfloat16 K=192 E=80"}
 # Words that the fastest tiles on an H200 spill, and a loop that two more programs on a multiprocessor hide the copies of.
@@ -47,6 +45,7 @@ SIZES = [  # B, L, C, rows of a branch, G, H/G; the last has long branches, and 
     (1, 1000, 3000, 33, 2, 7),
     (1, 2048, 16, 1111, 8, 4),
 ]
+SHORT = (8, 256, 512, 14, 8, 4)
 OPTIONS = {"": (None, None, False), "window, softcap, sinks": (64, 30.0, True)}
 TREE = "on a tree"
 WIDTHS = [(64, 64), (128, 128), (256, 256)]  # K, E
@@ -67,12 +66,12 @@ def launches(target, thorough):
 
 
 def gluon_launches():
-    """The code of the kernels in Gluon does not depend on sizes."""
+    """The code of the kernels in Gluon does not depend on sizes. Beside them, own keys of short branches have other tiles."""
     options = {"window": (64, None, False), "softcap, sinks": (None, 30.0, True), **OPTIONS}
     kinds = [*options.items(), *((", ".join(filter(None, [name, TREE])), OPTIONS[name]) for name in OPTIONS)]
     for widths, kind in itertools.product(WIDTHS[:2], kinds):
-        yield from cases(torch.bfloat16, widths, *kind, SIZES[-1:])
-    yield from cases(torch.float16, WIDTHS[1], *kinds[-1], SIZES[-1:])
+        yield from cases(torch.bfloat16, widths, *kind, [SHORT])
+    yield from cases(torch.float16, WIDTHS[1], *kinds[-1], [SHORT])
 
 
 def cases(dtype, widths, name, options, all_sizes=SIZES):
