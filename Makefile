@@ -153,8 +153,8 @@ $(REHEARSAL)/.ready: constraints-lowest.txt Makefile
 	    $(shell grep -E '^(torch|triton|transformers)==' constraints-lowest.txt) pytest 'numpy<2.4'
 	@touch $@
 
-executed: $(EXECUTED)/.ready  ## Triton's kernels as the compiler makes them for GPUs, executed on a CPU: docs/executed.md; STAGE=wrapper, DOCS=docs
-	PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE $(EXECUTED)/bin/python tests/executed $(if $(STAGE),--stage $(STAGE)) $(if $(DOCS),--docs $(DOCS))
+executed: $(EXECUTED)/.ready  ## Triton's kernels as the compiler makes them for GPUs, executed on a CPU: docs/executed.md; STAGE=wrapper, ONLY=deep, DOCS=docs
+	PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE $(EXECUTED)/bin/python tests/executed $(if $(STAGE),--stage $(STAGE)) $(if $(ONLY),--only "$(ONLY)") $(if $(DOCS),--docs $(DOCS))
 
 # ttsem executes what this version of Triton compiles; it asks for Python 3.12 but runs on 3.11. All else is .venv's.
 $(EXECUTED)/.ready: $(READY) Makefile
