@@ -222,6 +222,7 @@ ATTENTION_BACKWARD_OWN_KEYS: Table = {
     ("gfx942", 2, 256): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
     ("gfx942", 4, 64): Config({"BLOCK_N": 32, "BLOCK_M": 16, "SLICES": 1}),
 }
+
 # linear_logprob reads fp32 logits whatever the model's dtype: BLOCK_R rows, BLOCK_V ids at a time in a loop along the rows.
 ONLINE_SOFTMAX: Table = {
     ("interpreter", ANY_SIZE, ANY_WIDTH): Config({"BLOCK_R": 32, "BLOCK_V": 256}),

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..._options import AttentionOptions
 from ...branches import Branches
-from .. import gluon_is_on, gluon_why_not
-from .._launch import compiling_at_once, has_tiles, near, plan
-from ..configs import INTERPRETED, target
+from .. import gluon_is_on
+from .._launch import compiling_at_once, near, plan
+from ..configs import INTERPRETED
 from .backward import Inputs, query_gradient, row_tables
 from .backward_keys import key_gradients
+from .forward import gluon_serves
 from .forward import thought_attention as launch_forward
 
 _compiled: set[tuple] = set()
@@ -41,14 +42,9 @@ def thought_attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     layout = branches.contiguous()
     given = grad_out, q, k, v, out, lse, grad_lse, sinks, *layout
-    in_gluon = gluon_is_on()
-    known = plan("thought_attention_backward", given, branches.full, scale, window, softcap, in_gluon)
-    if in_gluon:
-        widths = q.shape[-1], v.shape[-1]
-        in_gluon = known.once(
-            "in Gluon",
-            lambda: gluon_why_not(target(), q.dtype, *widths) is None and all(map(has_tiles, (grad_out, q, k, v))),
-        )
+    on = gluon_is_on()
+    known = plan("thought_attention_backward", given, branches.full, scale, window, softcap, on)
+    in_gluon = on and gluon_serves(known, q, k, v, grad_out)
     tables = row_tables(grad_out, out, lse, grad_lse, branches, layout, window, sinks, known)
     inputs = Inputs(grad_out, q, k, v, branches, layout, options, tables, known, in_gluon)
     dq = query_gradient(inputs)

@@ -55,7 +55,7 @@ from .._device import (
     window_bounds,
     without_poison,
 )
-from .._launch import Launch, cdiv, has_tiles, key_tiles, pairs_together, plan, tile_of
+from .._launch import Launch, Plan, cdiv, has_tiles, key_tiles, pairs_together, plan, tile_of
 from ..configs import (
     ATTENTION_FORWARD,
     ATTENTION_FORWARD_LONG,
@@ -94,14 +94,12 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
         return out, lse
     sinks = None if sinks is None else sinks.contiguous()
     layout = branches.contiguous()
-    in_gluon = gluon_is_on()
-    known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap, in_gluon)
-    if in_gluon and known.once(
-        "in Gluon", lambda: gluon_why_not(target(), q.dtype, K, E) is None and all(map(has_tiles, (q, k, v)))
-    ):
+    on = gluon_is_on()
+    known = plan("thought_attention", (q, k, v, sinks, *layout), branches.full, scale, window, softcap, on)
+    if on and gluon_serves(known, q, k, v):
         from . import gluon_forward  # imports Gluon
 
-        gluon_forward.launch(q, k, v, branches, [sinks, *layout], options, out, lse, known)
+        gluon_forward.launch(q, k, v, branches, layout, options, out, lse, known)
         return out, lse
 
     def choose() -> Config:
@@ -127,6 +125,16 @@ def thought_attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, optio
     tiles = key_tiles(k, v, config, known, "BLOCK_N", "BLOCK_EDGE")
     known.launch("forward", config, (q, k, v, *tiles, sinks, *layout, out, lse), prepare)
     return out, lse
+
+
+def gluon_serves(known: Plan, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """Whether kernels in Gluon serve these tensors, all of which they copy by tiles."""
+
+    def choose() -> bool:
+        tiled = all(map(has_tiles, (q, k, v, *others)))
+        return tiled and gluon_why_not(target(), q.dtype, q.shape[-1], v.shape[-1]) is None
+
+    return known.once("in Gluon", choose)
 
 
 @triton.jit(

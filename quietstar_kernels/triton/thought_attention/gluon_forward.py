@@ -106,16 +106,13 @@ class Tile(NamedTuple):
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, branches: Branches, facts: list[Tensor | None], options: AttentionOptions, out: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, branches: Branches, layout: list[Tensor | None], options: AttentionOptions, out: Tensor,
     lse: Tensor, known: Plan,
 ) -> None:  # fmt: skip
-    """Write out [B,H,rows,K] and lse [B,H,rows], contiguous. Gluon serves q, k and v, which have tiles: see ``forward``.
-
-    ``facts`` are the sinks and ``branches.contiguous()``.
-    """
+    """Write out [B,H,rows,K] and lse [B,H,rows], contiguous, where ``gluon_serves``; layout is ``branches.contiguous()``."""
     scale, window, softcap, sinks = options
     config = known.once("tiles", lambda: pick(ATTENTION_FORWARD_GLUON, 2, q.shape[3]))
-    tensors = [branches.lo if x is None else x for x in facts]
+    tensors = [branches.lo if x is None else x.contiguous() for x in (sinks, *layout)]
 
     def describe() -> list[TensorDescriptor]:
         heads, size = heads_together(q, k), config.blocks["BLOCK_EDGE"]
