@@ -19,10 +19,14 @@ from . import _first_use, self_test
 from ._dispatch import backends
 from .cpu._library import cpu_library
 from .cuda._library import cuda_library
+from .gated_activation import gated_activation
 from .layout import ThoughtLayout
 from .linear_divergence import linear_divergence
 from .linear_logprob import linear_logprob
 from .parallel import gather_text, text_attention, vocab_parallel_logprob
+from .rms_norm import rms_norm
+from .rotary import rotary
+from .rotary_decode import rotary_decode
 from .sample_thoughts import sample_thoughts
 from .sample_token import sample_token
 from .thought_attention import thought_attention
@@ -44,9 +48,13 @@ __all__ = [
     "conv_tails",
     "cpu_library",
     "cuda_library",
+    "gated_activation",
     "gather_text",
     "linear_divergence",
     "linear_logprob",
+    "rms_norm",
+    "rotary",
+    "rotary_decode",
     "sample_thoughts",
     "sample_token",
     "text_attention",

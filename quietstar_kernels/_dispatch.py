@@ -15,7 +15,8 @@ import torch
 from . import _first_use, cpu, cuda, reference, triton
 from .checks import Checker, shown
 
-OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
+OF_A_LAYER = ("rms_norm", "rotary", "rotary_decode", "gated_activation")  # elementwise: PyTorch alone is neither dense nor slow
+OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob", *OF_A_LAYER)
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 FASTEST_FIRST = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("triton", "cuda")}
 
@@ -34,7 +35,7 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     """
     if isinstance(backend, str) and backend == "auto":
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
-        if backend == "auto":
+        if backend == "auto" or (op in OF_A_LAYER and backend in ("cpu", "cuda")):  # which need not have these
             return _fastest(op, device, dtype, widths)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {shown(backend)}")
@@ -57,7 +58,8 @@ def _fastest(op: str, device: torch.device, dtype: torch.dtype | None, widths: d
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    _warn_dense(op, str(device), "; ".join(reasons))
+    if op not in OF_A_LAYER:
+        _warn_dense(op, str(device), "; ".join(reasons))
     return "reference"
 
 

@@ -19,7 +19,7 @@ import torch
 MEASURED = frozenset({"NVIDIA H200"})
 TYPES = ("cuda",)  # types of devices on which back ends are tried
 _FROM_ELSEWHERE = (OSError, ImportError, RuntimeError)  # Triton's own errors of compilation are none of these
-HAVE_BACKWARD = ("thought_attention", "linear_logprob")
+HAVE_BACKWARD = ("thought_attention", "linear_logprob", "rms_norm", "rotary", "gated_activation")
 
 # By op, a small case: f(backend, device, dtype, **widths, backward=...), which raises AssertionError if the result is wrong.
 # The package's __init__ puts them here: they call the ops, and the ops call this module.

@@ -32,18 +32,19 @@ def operator(
     *,
     instead: str,
     flops: Callable[..., int] | None = None,
+    changes: tuple[str, ...] = (),
 ) -> OpOverload:
     """Register ``quietstar::<name>``. The function gives the name, and its annotations the schema.
 
     Args:
-        function: returns new tensors and changes no argument.
+        function: returns new tensors, and changes no argument but those in ``changes``.
         fake: the same for fake tensors, which have only shapes and dtypes.
         setup_context, backward: as in ``torch.autograd.Function``; without them the operator has no backward.
         instead: what has the derivatives that the operator doesn't have; part of the error that asking for one raises.
         flops: floating-point operations of its matrix products, from shapes in place of tensors, for ``FlopCounterMode``.
     """
     name = function.__name__.strip("_")
-    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=changes), tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default

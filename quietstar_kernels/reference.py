@@ -1,4 +1,4 @@
-"""The specification: all four ops in plain dense PyTorch, on any device, in fp64 too. All back ends are tested against it.
+"""The specification: the ops in plain dense PyTorch, on any device, in fp64 too. All back ends are tested against it.
 
 Shapes use the dimension key of the package. Attention computes in fp32 (fp64 for fp64 inputs).
 """
@@ -6,6 +6,8 @@ Shapes use the dimension key of the package. Attention computes in fp32 (fp64 fo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -169,6 +171,123 @@ def linear_logprob_backward(
     dhidden = (d @ wide(weight)).to(hidden.dtype) if wanted[0] else None
     dweight = (d.T @ wide(hidden)).to(weight.dtype) if wanted[1] else None
     return dhidden, dweight, d.sum(0).to(weight.dtype) if wanted[2] else None
+
+
+def rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The total x + delta, its norm, and 1 / rms [...]."""
+    total = x if delta is None else (wide(x) + wide(delta)).to(x.dtype)
+    unit, rstd = _unit(wide(total), eps)
+    return total, (unit * (offset + wide(weight))).to(dtype), rstd[..., 0]
+
+
+def rms_norm_backward(
+    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, rstd: Tensor, weight: Tensor, offset: float,
+    delta: torch.dtype, needs_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x; of a delta of that dtype, None if it is x's; and of weight, None if it isn't needed."""
+    d, dweight = _unit_backward(wide(grad_out), wide(total) * rstd[..., None], rstd[..., None], weight, offset)
+    d = d if grad_total is None else d + wide(grad_total)
+    return d.to(total.dtype), None if delta == total.dtype else d.to(delta), dweight if needs_weight else None
+
+
+def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x), and 1 / rms(x)."""
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * rstd, rstd
+
+
+def _unit_backward(grad: Tensor, unit: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight, from that of x / rms(x) * (offset + weight)."""
+    d = grad * (offset + wide(weight))
+    dweight = (grad * unit).reshape(-1, unit.shape[-1]).sum(0).to(weight.dtype)
+    return rstd * (d - unit * (d * unit).mean(-1, keepdim=True)), dweight
+
+
+def rotary(
+    qkv: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, H: int, G: int, q_weight: Tensor | None, k_weight: Tensor | None,
+    eps: float, offset: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """q [B,H,n,K], k [B,G,n,K], and v [B,G,n,K] if it is in qkv."""
+    cos, sin, v = wide(cos)[:, :, None], wide(sin)[:, :, None], None
+    if k is None:
+        q, k, v = _heads(qkv, cos).split((H, G, G), 2)
+        v = v.clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    else:
+        q, k = _heads(qkv, cos), _heads(k, cos)
+    out = []
+    for x, weight in ((wide(q), q_weight), (wide(k), k_weight)):
+        if weight is not None:
+            x = _unit(x, eps)[0] * (offset + wide(weight))
+        half = x.shape[-1] // 2
+        turned = x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+        out.append(turned.to(qkv.dtype).contiguous().transpose(1, 2))
+    return out[0], out[1], v
+
+
+def rotary_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor | None, cos: Tensor, sin: Tensor, qkv: Tensor | None, k: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float, offset: float, needs_weights: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of qkv, of k if it isn't in there, and of the weights that are there if these are needed."""
+    cos, sin = wide(cos)[:, :, None], wide(sin)[:, :, None]
+    H, G, dtype = grad_q.shape[1], grad_k.shape[1], grad_q.dtype
+    x = [_heads(y, cos) for y in (qkv, k) if y is not None]
+    if len(x) == 1:
+        x = list(x[0].split((H, G, G), 2))
+    grads, dweights = [], []
+    for i, (grad, weight) in enumerate(((grad_q, q_weight), (grad_k, k_weight))):
+        d = wide(grad).transpose(1, 2)
+        half, turned, dweight = -(-d.shape[-1] // 2), d * sin, None
+        d = d * cos + torch.cat([turned[..., half:], -turned[..., :half]], -1)
+        if weight is not None:
+            d, dweight = _unit_backward(d, *_unit(wide(x[i]), eps), weight, offset)
+        grads.append(d.to(dtype).flatten(2))
+        dweights.append(dweight if needs_weights else None)
+    if grad_v is None:
+        return grads[0], grads[1], dweights[0], dweights[1]
+    return torch.cat([*grads, grad_v.transpose(1, 2).flatten(2)], -1), None, dweights[0], dweights[1]
+
+
+def rotary_decode(
+    qkv: Tensor, k: Tensor | None, v: Tensor | None, cos: Tensor, sin: Tensor, H: int, G: int, k_own: Tensor, v_own: Tensor,
+    step: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, offset: float,
+) -> Tensor:  # fmt: skip
+    """``rotary``'s q, its k and v at row ``step`` of k_own and v_own [B,G,C,S,K]."""
+    q, *rows = (x for x in rotary(qkv, k, cos, sin, H, G, q_weight, k_weight, eps, offset) if x is not None)
+    rows += [] if v is None else [_heads(v, cos).transpose(1, 2)]
+    for own, row in zip((k_own, v_own), rows, strict=True):
+        own.index_copy_(3, step.long()[None], row[:, :, :, None])
+    return q
+
+
+def _heads(x: Tensor, cos: Tensor) -> Tensor:
+    """x [B,n,heads*K] as [B,n,heads,K], for cos [...,K]."""
+    return x.unflatten(-1, (-1, cos.shape[-1]))
+
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+_ACTIVATIONS_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "silu": torch.ops.aten.silu_backward, "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh")
+}  # fmt: skip
+
+
+def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """activation(gate) * up, both halves of gate if up is None."""
+    x, y = gate.chunk(2, -1) if up is None else (gate, up)
+    return (_ACTIVATIONS[activation](wide(x)) * wide(y)).to(gate.dtype)
+
+
+def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
+    """Gradients of gate and up; one of both where up is None."""
+    x, y = (wide(z) for z in (gate.chunk(2, -1) if up is None else (gate, up)))
+    dx = _ACTIVATIONS_BACKWARD[activation](wide(grad) * y, x).to(gate.dtype)
+    dy = (wide(grad) * _ACTIVATIONS[activation](x)).to(gate.dtype)
+    return (torch.cat([dx, dy], -1), None) if up is None else (dx, dy)
 
 
 def linear(hidden: Tensor, head: Head) -> Tensor:

@@ -26,8 +26,12 @@ from torch.nn.functional import normalize, softplus
 
 from . import _dispatch, testing
 from .delta import fla, reference
+from .gated_activation import gated_activation
 from .layout import ThoughtLayout
 from .linear_logprob import linear_logprob
+from .rms_norm import rms_norm
+from .rotary import rotary
+from .rotary_decode import rotary_decode
 from .sample_token import sample_token
 from .testing import tolerance
 from .testing.plain import plain_conv
@@ -171,6 +175,49 @@ def delta(backend: str, device: torch.device, dtype: torch.dtype, layout: Though
     return _worst(op, plain, inputs, [torch.randn(*rows, K, generator=generator)], layout=layout)
 
 
+def norm(backend: str, device: torch.device, dtype: torch.dtype, D: int = D, backward: bool = True) -> float:
+    """``rms_norm`` of a sum, and with ``backward`` the gradients of x, delta and weight."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = _normal(generator, dtype, x=(R, D), weight=(D,), delta=(R, D))
+    grads = list(torch.randn(2, R, D, generator=generator)) if backward else []
+    return _worst(_on(device, partial(rms_norm, backend=backend), (dtype, dtype)), testing.plain_norm, inputs, grads)
+
+
+def turns(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    K: int = 64,
+    norms: bool = True,
+    backward: bool = True,
+    op: Callable[..., Any] = rotary,
+) -> float:
+    """``rotary`` of all in one tensor, and with ``backward`` the gradients of it and of the weights."""
+    generator, B, n, (H, G) = torch.Generator().manual_seed(SEED), 2, R // 2, (4, 2)
+    inputs: dict[str, Any] = _normal(generator, dtype, qkv=(B, n, (H + 2 * G) * K), q_weight=(K,), k_weight=(K,))
+    inputs |= {"k": None, "v": None} | ({} if norms else {"q_weight": None, "k_weight": None})
+    angles = torch.rand(B, n, K, generator=generator) * 6
+    grads = [torch.randn(B, heads, n, K, generator=generator) for heads in (H, G, G)] if backward else []
+    options = {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype), "heads": (H, G)}
+    return _worst(_on(device, partial(op, backend=backend), (dtype,) * 3), testing.plain_rotary, inputs, grads, **options)
+
+
+def _step(qkv: Tensor, heads: tuple[int, int], cos: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``rotary_decode``, and the row that it writes."""
+    own = qkv.new_zeros(2, len(qkv), heads[1], qkv.shape[1], 3, cos.shape[-1])
+    q = rotary_decode(qkv, heads=heads, cos=cos, k_own=own[0], v_own=own[1], step=1, **options)
+    return q, own[0, :, :, :, 1], own[1, :, :, :, 1]
+
+
+def gates(backend: str, device: torch.device, dtype: torch.dtype, activation: str = "silu", backward: bool = True) -> float:
+    """``gated_activation`` of two tensors, and with ``backward`` their gradients."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = _normal(generator, dtype, gate=(R, 100), up=(R, 100))
+    grads = [torch.randn(R, 100, generator=generator)] if backward else []
+    op = _on(device, partial(gated_activation, backend=backend), (dtype,))
+    return _worst(op, testing.plain_gated, inputs, grads, activation=activation)
+
+
 def _normal(generator: torch.Generator, dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
@@ -181,6 +228,10 @@ JUDGES: dict[str, Callable[..., float]] = {
     "thought_decode": decode,
     "sample_token": sampling,
     "linear_logprob": logprob,
+    "rms_norm": norm,
+    "rotary": turns,
+    "rotary_decode": partial(turns, op=_step, backward=False),
+    "gated_activation": gates,
     "thought_conv": convolution,
     "thought_delta": delta,
 }
@@ -266,6 +317,10 @@ def cases(interpreted: bool) -> list[Case]:
     options = {"vocabulary": vocabulary, "temperature": 0.7, "scale": 0.5, "softcap": 8.0, "banned": (3, 77)}
     for op in ("sample_token", "linear_logprob"):
         found += [Case(op, ALL, {"vocabulary": vocabulary}), Case(op, (torch.float32, torch.bfloat16), options)]
+    for op in ("rotary", "rotary_decode"):
+        found += [Case(op, ALL, {}), Case(op, (torch.float32, torch.bfloat16), {"K": 40, "norms": False})]
+    found += [Case("gated_activation", ALL, {"activation": name}) for name in ("silu", "gelu_tanh")]
+    found += [Case("rms_norm", ALL, {"D": width}) for width in (D, 3000)]
     documents = ThoughtLayout.from_documents(3 * torch.arange(short)[None] // short, 2, 3)
     for layout in (every, chosen_anchors(short), documents, ragged, branches(short), tree(short)):
         found += [Case(op, ALL, {"layout": layout}) for op in ("thought_conv", "thought_delta")]

@@ -11,7 +11,16 @@ All random numbers come from a ``torch.Generator`` on CPU, so that a seed gives 
 
 from .inputs import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 from .layouts import BRANCH_KINDS, LAYOUT_KINDS, random_layout
-from .plain import plain_attention, plain_decode, plain_divergence, plain_log_softmax, plain_logprob
+from .plain import (
+    plain_attention,
+    plain_decode,
+    plain_divergence,
+    plain_gated,
+    plain_log_softmax,
+    plain_logprob,
+    plain_norm,
+    plain_rotary,
+)
 from .tolerance import assert_close_as_plain, assert_op_close_as_plain, attention_magnitudes, forward_backward
 
 __all__ = [
@@ -27,8 +36,11 @@ __all__ = [
     "plain_attention",
     "plain_decode",
     "plain_divergence",
+    "plain_gated",
     "plain_log_softmax",
     "plain_logprob",
+    "plain_norm",
+    "plain_rotary",
     "random_layout",
     "sample_inputs",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from ..layout import ThoughtLayout
 from ..reference import decode_mask
@@ -138,3 +139,38 @@ def plain_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: ThoughtLa
         total = total + x[b, row].where((row >= 0)[:, None], 0) * weight[:, W - 1 - i]
         row = parent[b, row].where(row >= 0, -1)
     return torch.zeros_like(x).index_put((b, m), total)
+
+
+def plain_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, delta: Tensor | None = None, offset: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``rms_norm``, every step in x's dtype; differentiable by autograd. In fp64 ``dtype`` is ignored."""
+    total = x if delta is None else (x + delta).to(x.dtype)
+    out = _normed(total, weight, eps, offset)
+    return total, out.to(x.dtype if dtype is None or x.dtype == torch.float64 else dtype)
+
+
+def plain_rotary(
+    qkv: Tensor, k: Tensor | None, v: Tensor | None, cos: Tensor, sin: Tensor, heads: tuple[int, int],
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, offset: float = 0.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``rotary``, every step in qkv's dtype or that of cos; differentiable by autograd."""
+    K, (H, G) = cos.shape[-1], heads
+    parts = qkv.split((H * K, G * K, G * K), -1) if k is None or v is None else (qkv, k, v)
+    rows = [x.unflatten(-1, (-1, K)).transpose(1, 2) for x in parts]
+    for i, weight in enumerate((q_weight, k_weight)):
+        x = rows[i] if weight is None else _normed(rows[i], weight, eps, offset)
+        turned = torch.cat([-x[..., K // 2 :], x[..., : K // 2]], -1)
+        rows[i] = (x * cos[:, None] + turned * sin[:, None]).to(qkv.dtype)
+    return tuple(rows)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + weight)
+
+
+def plain_gated(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """``gated_activation``, every step in gate's dtype; differentiable by autograd."""
+    x, y = gate.chunk(2, -1) if up is None else (gate, up)
+    return (silu(x) if activation == "silu" else gelu(x, approximate="tanh")) * y

@@ -12,9 +12,15 @@ import torch
 
 AMD = ("gfx90a", "gfx942", "gfx950")  # others' registers are too few for the tiles
 
+WIDEST = 16384  # row of a norm, which one program holds
+
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype | None = None, **widths: int) -> str | None:
     """Implements ``_dispatch.why_not``. Does not import Triton."""
+    if op in ("rotary", "rotary_decode") and widths.get("K", 0) % 2:
+        return f"it halves heads, got an odd K={widths['K']}"
+    if op == "rms_norm" and widths.get("D", 0) > WIDEST:
+        return f"it takes rows of D up to {WIDEST}, got {widths['D']}"
     return _why_not(device, dtype)
 
 

@@ -150,6 +150,12 @@ def near(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous()
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [...,width] as [rows,width], a view if rows are evenly spaced and the numbers of one side by side."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def described(x: Tensor, *rows: int) -> list[TensorDescriptor] | list[None]:
     """Descriptors of x [B,heads,M,width] for tiles of each of ``rows``, or None for each if it must be read by pointer."""
     if x.itemsize == 4 or target() not in BY_DESCRIPTOR or not has_tiles(x):

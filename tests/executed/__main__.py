@@ -31,7 +31,7 @@ SUITE = [
     f"tests/kernels/test_{name}.py"
     for name in (
         "thought_attention", "thought_attention_leaks", "thought_decode", "linear_logprob", "linear_logprob_ways",
-        "sample_token", "triton_thought_attention", "triton_thought_decode", "triton_sample_token",
+        "sample_token", "decoder_layer", "triton_thought_attention", "triton_thought_decode", "triton_sample_token",
     )
 ]  # fmt: skip
 # PyTorch's own checks, what checkpointing computes again and storage of gigabytes meet tensors that claim to be on a GPU, and
@@ -63,7 +63,7 @@ class Job:
 def jobs(stages: list[str], only: str) -> Iterator[Job]:
     if "modules" in stages:
         for cc in TARGETS:
-            for test in ("plain", *["options", "tree"] * (cc == 90), "decode and not tree", "sample_token", "linear_logprob"):
+            for test in ("plain", *["options", "tree"] * (cc == 90), "test_decode", "sample_token", "linear_logprob", "layer"):
                 yield Job("modules", f"{test}, sm_{cc}", ["tests/executed/each_kernel.py", "-k", test, f"--modules={cc}"], cc)
     if "wrapper" in stages:
         yield Job("wrapper", "wrapper", ["tests/executed/wrapper.py"])

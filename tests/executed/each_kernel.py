@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
+from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, self_test, thought_attention, thought_decode
 from quietstar_kernels.testing import (
     assert_op_close_as_plain,
     attention_inputs,
@@ -63,3 +63,9 @@ def test_linear_logprob(keep_bytes):
     grads = tuple(torch.randn(2, 5, generator=seeded(1)))
     op = partial(linear_logprob, backend="triton", keep_bytes=keep_bytes, return_entropy=True)
     assert_op_close_as_plain(op, plain_logprob, inputs, grads)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rotary", "rotary_decode", "gated_activation"])
+def test_layer(op):
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    assert self_test.JUDGES[op]("triton", device, DTYPE) <= 1

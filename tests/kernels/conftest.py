@@ -63,6 +63,8 @@ def is_of_the_matrix(item: pytest.Item) -> bool:
 
 
 def serves(backend: str, op: str) -> bool:
+    if op in _dispatch.OF_A_LAYER:
+        return backend in ("reference", "triton")
     if backend == "cpu with oneDNN":
         return op in ("linear_logprob", "sample_token") and torch.backends.mkldnn.is_available()
     folder = {"cpu in PyTorch": "cpu.plain"}.get(backend, backend)

@@ -66,4 +66,13 @@ CASES = {
         "backward_twice": [""],
         "rows_that_a_compiler_does_not_know": ["122880"],
     },
+    "rms_norm": {
+        "norm": ["delta-(3, 5, 96)-torch.float32", "no delta-(0, 64)-torch.float16", "delta-(2, 9000)-torch.float32"],
+        "norm_of_several_dtypes": ["x0-delta0-weight0-out0"],
+        "gated": ["(3, 5, 100)-silu-torch.float32", "(1, 1500)-gelu_tanh-torch.float16"],
+        "rotary": ["4 of 12-merged-qk-torch.float32", "4 of 12-separate--torch.float16", "3 of 16-merged-k-torch.float16"],
+        "decode_writes_one_row": ["merged", "separate"],
+        "strides_and_expanded_gradients": [""],
+        "nan_stays_in_its_row": [""],
+    },
 }

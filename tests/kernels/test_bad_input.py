@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.distributed.tensor
 
-from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
+from quietstar_kernels import (
+    ThoughtLayout,
+    gated_activation,
+    linear_logprob,
+    rms_norm,
+    rotary,
+    rotary_decode,
+    sample_token,
+    thought_attention,
+    thought_decode,
+)
 from quietstar_kernels.testing import attention_inputs, decode_inputs, logprob_inputs, sample_inputs
 
 # B=2 L=3 P=2 N=2 S=2 R=8 M=11
@@ -30,6 +40,15 @@ def arguments(op):
         return decode_inputs(generator, LAYOUT, 4, 2, 8, 6, sinks=True) | {"layout": LAYOUT, "step": 1}
     if op is sample_token:
         return sample_inputs(generator, 5, 3, 20, bias=True) | {"seed": 0}
+    if op is rms_norm:
+        return {"x": zeros(2, 3, 8), "weight": zeros(8), "delta": zeros(2, 3, 8)}
+    if op is gated_activation:
+        return {"gate": zeros(2, 8), "up": zeros(2, 8)}
+    if op in (rotary, rotary_decode):
+        inputs = {"qkv": zeros(2, 3, 32), "k": zeros(2, 3, 16), "v": zeros(2, 3, 16), "q_weight": zeros(8), "heads": (4, 2)}
+        inputs |= {"cos": zeros(1, 3, 8), "sin": zeros(1, 3, 8)}
+        own = {"k_own": zeros(2, 2, 3, 5, 8), "v_own": zeros(2, 2, 3, 5, 8), "step": 1}
+        return inputs | (own if op is rotary_decode else {})
     return logprob_inputs(generator, 5, 3, 20, bias=True)
 
 
@@ -112,6 +131,47 @@ LOGPROB = [
     ({"keep_bytes": -1}, "keep_bytes must be an integer of at least 0, got -1"),
 ]
 
+NORM = [
+    ({"x": zeros()}, "x must have shape [...,D] with D of at least 1, got []"),
+    ({"x": zeros(2, 3, 8, dtype=torch.int32)}, "x must have dtype float32, float16, bfloat16, float64, got int32"),
+    ({"weight": zeros(7)}, "weight must have shape [D]=[8], got [7]"),
+    ({"delta": zeros(3, 8)}, "delta must have the shape of x, [2, 3, 8], got [3, 8]"),
+    ({"delta": zeros(2, 3, 8, device="meta")}, "delta must be on cpu like x, got meta"),
+    ({"eps": -1.0}, "eps must be zero or a positive finite number, got -1.0"),
+    ({"offset": None}, "offset must be finite, got None"),
+    ({"dtype": torch.int64}, "dtype must be None or one of float32, float16, bfloat16, float64, got torch.int64"),
+]
+
+GATED = [
+    ({"gate": zeros()}, "gate must have shape [...,I], got []"),
+    ({"gate": zeros(2, 7), "up": None}, "gate must have shape [...,2I] without up, got [2, 7]"),
+    ({"up": zeros(2, 7)}, "up must have the shape of gate, [2, 8], got [2, 7]"),
+    ({"up": zeros(2, 8, dtype=torch.float16)}, "up must have dtype float32 like gate, got float16"),
+    ({"activation": "relu"}, "activation must be one of silu, gelu_tanh, got 'relu'"),
+]
+
+ROTARY = [
+    ({"heads": 4}, "heads must be (H, G), got 4"),
+    ({"heads": (4, 0)}, "heads[1] must be from 1 to 65,536, got 0"),
+    ({"cos": zeros(3, 8)}, "cos must have shape [B,n,K]=[?,?,?], got [3,8]"),
+    ({"sin": zeros(1, 3, 6)}, "sin must have shape [1,n,K]=[1,3,8], got [1,3,6]"),
+    ({"v": None}, "k and v must be given both or neither"),
+    ({"k": None, "v": None}, "qkv must have shape [B,n,(H+2G)*K]=[?,3,64], got [2,3,32]"),
+    ({"k": zeros(2, 3, 8)}, "k must have shape [B,n,G*K]=[2,3,16], got [2,3,8]"),
+    ({"v": zeros(2, 3, 16, dtype=torch.float64)}, "v must have dtype float32 like qkv, got float64"),
+    ({"k_weight": zeros(16)}, "k_weight must have shape [K]=[8], got [16]"),
+]
+
+DECODED = [
+    ({"k_own": zeros(2, 4, 3, 5, 8)}, "k_own must have shape [B,G,C,S,K]=[2,2,3,?,8], got [2,4,3,5,8]"),
+    ({"v_own": zeros(2, 2, 3, 4, 8)}, "v_own must have shape [B,G,C,S,K]=[2,2,3,5,8], got [2,2,3,4,8]"),
+    ({"k_own": column_major(zeros(2, 2, 3, 5, 8))}, "k_own must have a last stride of 1, got strides"),
+    ({"v_own": zeros(2, 2, 1, 5, 8).expand(2, 2, 3, 5, 8)}, "v_own must not be expanded, got strides [80, 40, 0, 8, 1]"),
+    ({"step": 5}, "step must be from 0 to S-1=4, got 5"),
+    ({"step": torch.tensor(5)}, "step must be from 0 to S-1=4, got 5"),
+    ({"step": torch.tensor(1.0)}, "step must have dtype int32, int64, got float32"),
+]
+
 CASES = [
     (op, change, message)
     for op, table in [
@@ -119,6 +179,10 @@ CASES = [
         (thought_decode, DECODE),
         (sample_token, HEAD + SAMPLE),
         (linear_logprob, HEAD + LOGPROB),
+        (rms_norm, NORM),
+        (gated_activation, GATED),
+        (rotary, ROTARY),
+        (rotary_decode, ROTARY + DECODED),
     ]
     for change, message in table
 ]

@@ -9,13 +9,26 @@ from torch import func
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quietstar_kernels import ThoughtLayout, linear_logprob, sample_token, thought_attention, thought_decode
+from quietstar_kernels import (
+    ThoughtLayout,
+    gated_activation,
+    linear_logprob,
+    rms_norm,
+    rotary,
+    rotary_decode,
+    sample_token,
+    thought_attention,
+    thought_decode,
+)
 from quietstar_kernels.testing import (
     attention_inputs,
     decode_inputs,
     logprob_inputs,
     plain_attention,
+    plain_gated,
     plain_logprob,
+    plain_norm,
+    plain_rotary,
     sample_inputs,
 )
 
@@ -26,6 +39,9 @@ DECODE = decode_inputs(torch.Generator().manual_seed(0), LAYOUT, **SMALL)
 HEAD = logprob_inputs(torch.Generator().manual_seed(0), 4, 2, 20, dtype=torch.float64)
 SAMPLE = sample_inputs(torch.Generator().manual_seed(0), 4, 2, 20, dtype=torch.float64)
 Q, HIDDEN = ATTENTION["q"], HEAD["hidden"]
+X, ANGLES = (
+    torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for shape in ((2, 16), (2, 1, 2, 4))
+)
 
 
 def attention(x):
@@ -40,6 +56,19 @@ def lse(x):
     return thought_attention(**(ATTENTION | {"q": x}), layout=LAYOUT, return_lse=True)[1]
 
 
+def norm(x, op=rms_norm):
+    return op(x, x[0], delta=x.sin())[1]
+
+
+def turned(x, op=rotary):
+    return torch.cat(op(x[None], None, None, *ANGLES, (2, 1), x[0, :4]), 1)
+
+
+def turned_step(x):
+    own = x.new_zeros(2, 1, 1, 2, 3, 4)
+    return rotary_decode(x[None], None, None, *ANGLES, (2, 1), *own, 1)
+
+
 def decode(x):
     return thought_decode(**(DECODE | {"q": x}), layout=LAYOUT, step=1)
 
@@ -52,8 +81,15 @@ PLAIN = {
     attention: (Q, lambda x: plain_attention(**(ATTENTION | {"q": x}), layout=LAYOUT)[0]),
     lse: (Q, lambda x: plain_attention(**(ATTENTION | {"q": x}), layout=LAYOUT)[1]),
     logprob: (HIDDEN, lambda x: plain_logprob(**(HEAD | {"hidden": x}))[0]),
+    norm: (X, partial(norm, op=plain_norm)),
+    turned: (X, partial(turned, op=plain_rotary)),
+    gated_activation: (X, plain_gated),
 }
+INSTEAD = {attention: ("thought_attention", "plain_attention"), logprob: ("linear_logprob", "plain_logprob")}
+INSTEAD |= {norm: ("rms_norm", "plain_norm"), turned: ("rotary", "plain_rotary")}
+INSTEAD |= {lse: INSTEAD[attention], gated_activation: ("gated_activation", "plain_gated")}
 NO_DERIVATIVE = {decode: (DECODE["q"], "thought_decode has no "), sampled: (HIDDEN, "sample_token has no ")}
+NO_DERIVATIVE |= {turned_step: (X, "rotary_decode has no ")}
 
 
 def two(x):
@@ -126,17 +162,15 @@ def test_jacobian(way, f):
 
 @cases(FORWARD, PLAIN)
 def test_forward_mode_is_refused(way, f):
-    op, plain = ("thought_attention", "plain_attention") if f in (attention, lse) else ("linear_logprob", "plain_logprob")
-    message = f"^{op} has no forward-mode derivative: quietstar_kernels.testing.{plain} has all, in dense PyTorch$"
+    op, plain = INSTEAD[f]
+    message = f"^{op} has no forward-mode derivative: quietstar_kernels.testing.{plain} has all(, in dense PyTorch)?$"
     with pytest.raises(NotImplementedError, match=message):
         FORWARD[way](f, PLAIN[f][0])
 
 
 @cases(SECOND, PLAIN)
 def test_second_derivatives_are_refused(way, f):
-    with pytest.raises(
-        NotImplementedError, match=r"^(thought_attention|linear_logprob) has no second derivative: quietstar_ker"
-    ):
+    with pytest.raises(NotImplementedError, match=f"^{INSTEAD[f][0]} has no second derivative: quietstar_ker"):
         SECOND[way](f, PLAIN[f][0])
 
 
@@ -148,7 +182,7 @@ def test_ops_without_a_derivative(way, f):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("f", [attention, logprob, lse, decode, sampled], ids=name)
+@pytest.mark.parametrize("f", PLAIN | NO_DERIVATIVE, ids=name)
 def test_vmap(f, grad):
     x = (NO_DERIVATIVE | PLAIN)[f][0]
     with torch.set_grad_enabled(grad):

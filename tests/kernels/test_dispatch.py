@@ -18,6 +18,7 @@ import quietstar_kernels
 from quietstar_kernels import __main__ as command
 from quietstar_kernels import _dispatch, _first_use, backends, self_test, triton
 from quietstar_kernels._options import AttentionOptions
+from quietstar_kernels.cpu import _library
 from quietstar_kernels.testing import attention_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,10 @@ def python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
     ).stdout
+
+
+def on_a_cpu(op):
+    return "reference" if op in _dispatch.OF_A_LAYER and _library.missing() else "cpu"
 
 
 @pytest.mark.kernels
@@ -46,10 +51,11 @@ def test_backends_has_a_row_for_every_op_and_back_end():
     assert [(row["op"], row["backend"]) for row in rows] == [(o, b) for o in _dispatch.OPS for b in _dispatch.BACKENDS]
     status = {(row["op"], row["backend"]): row["status"] for row in rows}
     for op in _dispatch.OPS:
-        assert status[op, "reference"] == status[op, "cpu"] == "available"
+        assert status[op, "reference"] == "available"
+        assert status[op, "cpu"] == ((_library.missing() if op in _dispatch.OF_A_LAYER else None) or "available")
         assert status[op, "cuda"] != "available"
     there = torch.device("cuda", torch.cuda.device_count())
-    on_gpu = {row["backend"]: row["status"] for row in backends(there)}
+    on_gpu = {row["backend"]: row["status"] for row in backends(there) if row["op"] == "sample_token"}
     assert on_gpu["reference"] == "available" and on_gpu["cpu"] == f"it serves tensors on cpu, these are on {there}"
     assert on_gpu["triton"] == f"there is no {there} here"
 
@@ -72,8 +78,10 @@ def test_named_back_end_runs_or_raises_with_the_reason(op, monkeypatch):
                 call(op, row["backend"])
             assert str(error.value) == f"{op}: backend {row['backend']!r} is not available: {row['status']}"
     served.clear()
-    call(op, "auto")
-    assert served == ["cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(op, "auto")
+    assert served == [on_a_cpu(op)]
 
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
@@ -95,6 +103,7 @@ def test_environment_variable_chooses_for_auto_alone(monkeypatch):
     monkeypatch.setenv("QUIETSTAR_BACKEND", "cuda")
     with pytest.raises(ValueError, match="^sample_token: backend 'cuda' is not available: "):
         _dispatch.choose("sample_token", "auto", device)
+    assert _dispatch.choose("rms_norm", "auto", device) == on_a_cpu("rms_norm")
 
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
@@ -110,6 +119,14 @@ def test_what_triton_refuses(op, monkeypatch):
         _dispatch.choose(op, "triton", cpu, torch.float32)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else name)
     assert _dispatch.why_not(op, "triton", cpu) == "Triton is not installed"
+
+
+@pytest.mark.parametrize("op, widths", [("rotary", {"K": 7}), ("rotary_decode", {"K": 7}), ("rms_norm", {"D": 16385})])
+def test_widths_that_triton_refuses(op, widths, monkeypatch):
+    monkeypatch.setattr(triton, "_why_not_gpu", lambda device: None)
+    assert _dispatch.choose(op, "auto", torch.device("cuda", 0), torch.float32, **widths) == "reference"
+    (letter, size) = widths.popitem()
+    assert _dispatch.why_not(op, "triton", torch.device("cuda", 0), torch.float32, **{letter: size - 1}) is None
 
 
 @pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx1100"])

@@ -5,8 +5,12 @@ import torch
 
 from quietstar_kernels import (
     ThoughtLayout,
+    gated_activation,
     linear_divergence,
     linear_logprob,
+    rms_norm,
+    rotary,
+    rotary_decode,
     sample_thoughts,
     sample_token,
     thought_attention,
@@ -36,7 +40,25 @@ def heads():
     return {name: student[name] for name in names} | {f"teacher_{name}": teacher[name] for name in names}
 
 
+def turned():
+    cos, sin, weight, rows = torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.ones(4), torch.rand(2, 3, 8)
+    norm = {"q_weight": weight, "k_weight": weight, "eps": 1e-6, "offset": 1.0, "backend": "auto"}
+    return {"qkv": torch.rand(2, 3, 16), "k": rows, "v": rows, "cos": cos, "sin": sin, "heads": (4, 2), **norm}
+
+
 TARGETS = {
+    rms_norm: lambda: {
+        "x": torch.rand(2, 3, 8),
+        "weight": torch.ones(8),
+        "eps": 1e-6,
+        "delta": torch.rand(2, 3, 8),
+        "offset": 1.0,
+        "dtype": torch.float16,
+        "backend": "auto",
+    },
+    gated_activation: lambda: {"gate": torch.rand(3, 8), "up": torch.rand(3, 8), "activation": "silu", "backend": "auto"},
+    rotary: turned,
+    rotary_decode: lambda: {**turned(), "k_own": torch.rand(2, 2, 3, 5, 4), "v_own": torch.rand(2, 2, 3, 5, 4), "step": 1},
     thought_attention: lambda: {
         **attention_inputs(generator(), layout(), sinks=True),
         **OPTIONS,

@@ -29,9 +29,13 @@ from quietstar_kernels import (
     anchor_states,
     backends,
     conv_tails,
+    gated_activation,
     gather_text,
     linear_divergence,
     linear_logprob,
+    rms_norm,
+    rotary,
+    rotary_decode,
     sample_thoughts,
     sample_token,
     text_attention,
@@ -54,6 +58,10 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, weight: Tensor, tar
     out = thought_attention(q, k, v, layout, window=4, return_lse=False, backend="reference")
     either: Tensor | tuple[Tensor, Tensor] = thought_attention(q, k, v, layout, return_lse=flag)
     out = thought_decode(q, k, v, k, v, layout, step=0)
+    total, out = rms_norm(hidden, weight, delta=hidden, dtype=lse.dtype)
+    q, k, v = rotary(total, None, None, hidden, hidden, (4, 2), q_weight=weight)
+    q = rotary_decode(q, k, v, hidden, hidden, (4, 2), k, v, step=0)
+    out = gated_activation(out, hidden, "gelu_tanh")
     out = thought_conv(hidden, weight, None, layout)
     out = thought_conv_decode(hidden, conv_tails(hidden, layout, 4), weight, None)
     out, w = thought_delta(q, k, v, lse, None, layout)
