@@ -134,6 +134,51 @@ struct Sample {
     float scale, softcap, temperature;  // softcap 0: none
 };
 
+// Rows of numbers that lie side by side; without data, none.
+struct Matrix {
+    char* data = nullptr;
+    int64_t stride = 0;
+    Dtype dtype = Dtype::FLOAT;
+};
+
+// Floats of a row in a workspace: whole vectors, and one more.
+static inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
+// Of [rows,D]. x becomes the total where there is no delta.
+struct Norm {
+    Matrix x, delta, weight, total, out;
+    float* rstd;
+    int64_t rows, D;
+    float eps, offset;
+};
+
+struct NormBackward {
+    Matrix grad_out, grad_total, total, weight, dx, ddelta, dweight;
+    const float* rstd;
+    int64_t rows, D;
+    float offset;
+};
+
+// Queries, keys and values [B,heads,n,K] from one place to another: turned, or with `back` turned back, which
+// are the gradients. Without data in `to`, none.
+struct Rotary {
+    Rows from[3], to[3];  // to a cache's row `step`
+    Rows x[3];            // what the forward normed; only with `back`
+    Rows cos, sin;        // [B,1,n,K]
+    Matrix weight[2], dweight[2];
+    int64_t B, n, H, G, K, step;
+    float eps, offset;
+    Dtype dtype, cos_dtype, sin_dtype;
+    bool back;
+};
+
+// Of [rows,I]. With a `grad`, `out` is the gradient of the gate.
+struct Gated {
+    Matrix gate, up, grad, out, dup;
+    int64_t rows, I;
+    bool gelu;
+};
+
 struct MultiplyAdds {
     float* numbers;  // [items,PEAK_NUMBERS]
     int64_t items, rounds;
@@ -152,6 +197,13 @@ struct Kernels {
     void (*backward)(const Backward&, int64_t item, char* workspace);  // B*G*parts items
     void (*finish)(const Backward&, int64_t item);                     // B*G items
     void (*sample)(const Sample&, int64_t row);
+    // Rows begin..end; `sums` of padded widths take what a share of the rows adds to the gradients of
+    // weights.
+    void (*norm)(const Norm&, int64_t begin, int64_t end, char* workspace);
+    void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end, float* sums, char* workspace);
+    void (*rotary)(const Rotary&, int64_t begin, int64_t end, float* sums, char* workspace);
+    void (*gated)(const Gated&, int64_t begin, int64_t end);
+    void (*add_up)(float* sums, int64_t shares, int64_t stride, const Matrix& to, int64_t width);
     void (*multiply_adds)(float* numbers, int64_t rounds);
     int64_t forward_bytes, backward_bytes;  // of a thread's workspace
 };

@@ -36,6 +36,16 @@ QUIETSTAR_INLINE void put_numbers(char* row, int64_t i, Vec x) {
         store((uint16_t*)row + i, DTYPE == Dtype::BFLOAT16 ? floats_to_bf16(x) : floats_to_fp16(x));
 }
 
+// The same; nothing from `width` on.
+template <Dtype DTYPE>
+QUIETSTAR_INLINE void put_numbers(char* row, int64_t i, Vec x, int64_t width) {
+    if (i + LANES <= width) return put_numbers<DTYPE>(row, i, x);
+    constexpr int64_t SIZE = DTYPE == Dtype::FLOAT ? 4 : 2;
+    char last[4 * LANES];
+    put_numbers<DTYPE>(last, 0, x);
+    memcpy(row + i * SIZE, last, (width - i) * SIZE);
+}
+
 template <Dtype DTYPE>
 QUIETSTAR_INLINE Vec read_row_of(float* to, const char* from, int64_t width) {
     Vec zeros{};
@@ -49,17 +59,7 @@ QUIETSTAR_INLINE Vec read_row_of(float* to, const char* from, int64_t width) {
 
 template <Dtype DTYPE>
 QUIETSTAR_INLINE void write_row_of(char* to, const float* from, float factor, int64_t width) {
-    constexpr int64_t SIZE = DTYPE == Dtype::FLOAT ? 4 : 2;
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Vec x = load(from + i) * factor;
-        if (i + LANES <= width) {
-            put_numbers<DTYPE>(to, i, x);
-        } else {
-            char last[4 * LANES];
-            put_numbers<DTYPE>(last, 0, x);
-            memcpy(to + i * SIZE, last, (width - i) * SIZE);
-        }
-    }
+    for (int64_t i = 0; i < width; i += LANES) put_numbers<DTYPE>(to, i, load(from + i) * factor, width);
 }
 
 // bf16 numbers as they are, in pairs.

@@ -82,6 +82,69 @@ void run(const Parallel& parallel, const Sample& call) {
     });
 }
 
+// What shares of the rows of a call add to the gradients of weights: rows of `width` floats.
+struct Shares {
+    int64_t count, width;
+    std::unique_ptr<float[]> sums;
+
+    void add_up(int64_t first, const Matrix& to, int64_t numbers) const {
+        if (to.data) chosen().add_up(sums.get() + first, count, width, to, numbers);
+    }
+};
+
+// Calls run(begin, end, sums, workspace) for shares of the rows. Their number depends on the sizes alone. A
+// share of less than NUMBERS numbers is done before another thread has woken up.
+template <class Parallel, class Run>
+Shares for_shares(const Parallel& parallel, int64_t rows, int64_t numbers, int64_t bytes, int64_t sums_width,
+                  const Run& run) {
+    constexpr int64_t NUMBERS = 1 << 16, MOST_SUMS = 16;
+    int64_t count = rows * numbers / NUMBERS;
+    if (sums_width && count > MOST_SUMS) count = MOST_SUMS;
+    count = count < 1 ? 1 : count < rows ? count : rows;
+    Shares shares{count, sums_width, nullptr};
+    if (sums_width) shares.sums.reset(new float[count * sums_width]());
+    for_each(parallel, count, bytes, [&](int64_t i, char* memory) {
+        float* const sums = sums_width ? shares.sums.get() + i * sums_width : nullptr;
+        run(rows * i / count, rows * (i + 1) / count, sums, memory);
+    });
+    return shares;
+}
+
+template <class Parallel>
+void run(const Parallel& parallel, const Norm& call) {
+    for_shares(
+        parallel, call.rows, call.D, 4 * padded(call.D), 0,
+        [&](int64_t begin, int64_t end, float*, char* memory) { chosen().norm(call, begin, end, memory); });
+}
+
+template <class Parallel>
+void run(const Parallel& parallel, const NormBackward& call) {
+    const int64_t width = padded(call.D);
+    for_shares(parallel, call.rows, call.D, 4 * width, call.dweight.data ? width : 0,
+               [&](int64_t begin, int64_t end, float* sums, char* memory) {
+                   chosen().norm_backward(call, begin, end, sums, memory);
+               })
+        .add_up(0, call.dweight, call.D);
+}
+
+template <class Parallel>
+void run(const Parallel& parallel, const Rotary& call) {
+    const int64_t width = padded(call.K);
+    const bool sums = call.dweight[0].data || call.dweight[1].data;
+    const Shares shares =
+        for_shares(parallel, call.B * call.n, (call.H + 2 * call.G) * call.K, 6 * 4 * width,
+                   sums ? 2 * width : 0, [&](int64_t begin, int64_t end, float* sums, char* memory) {
+                       chosen().rotary(call, begin, end, sums, memory);
+                   });
+    for (int part = 0; part < 2; ++part) shares.add_up(part * width, call.dweight[part], call.K);
+}
+
+template <class Parallel>
+void run(const Parallel& parallel, const Gated& call) {
+    for_shares(parallel, call.rows, call.I, 1, 0,
+               [&](int64_t begin, int64_t end, float*, char*) { chosen().gated(call, begin, end); });
+}
+
 template <class Parallel>
 void run(const Parallel& parallel, const MultiplyAdds& call) {
     for_each(parallel, call.items, 1, [&](int64_t item, char*) {

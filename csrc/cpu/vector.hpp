@@ -150,13 +150,17 @@ QUIETSTAR_INLINE Vec tanh(Vec x) {
 }
 
 QUIETSTAR_INLINE Vec bf16_to_floats(Halves x) {
+#if defined(__AVX512F__)  // GCC 12 widens halves of it
+    return bits_to_floats((Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x) << 16);
+#else
     return bits_to_floats(__builtin_convertvector(x, Ints) << 16);
+#endif
 }
 
 // To the nearest, ties to even; NaN stays NaN.
 QUIETSTAR_INLINE Halves floats_to_bf16(Vec x) {
     const Ints bits = floats_to_bits(x);
-    const Ints rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+    const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(x == x ? rounded : splat(0x7fc0), Halves);
 }
 

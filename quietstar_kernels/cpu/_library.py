@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FILE = Path(__file__).parent / "_C.abi3.so"
 PURE = "this install has none; build it with QUIETSTAR_BUILD=cpu, which needs a C++17 compiler"
@@ -57,6 +58,11 @@ def serves(dtype: torch.dtype) -> bool:
     if missing():
         _warn_slow()
     return not missing()
+
+
+def computes(dtype: torch.dtype, *inputs: Tensor | None) -> bool:
+    """Whether compiled code computes a part of a layer of these dtypes; PyTorch does well without, so nothing is said."""
+    return not missing() and dtype in DTYPES and all(x is None or x.dtype in DTYPES for x in inputs)
 
 
 @functools.cache

@@ -225,6 +225,90 @@ void sampling(int seed, int64_t threads) {
     add_to_hash(logprob);
 }
 
+// Rows of one matrix.
+struct Table {
+    Made made;
+    Matrix matrix;
+    Table(Random& random, Dtype dtype, int64_t rows, int64_t width, bool fill)
+        : made(random, dtype, 1, 1, rows, 1, width, fill), matrix{made.memory.get(), width, dtype} {}
+
+    void check(const char* what, int seed) const {
+        check_written(what, made, matrix.dtype, seed);
+        add_to_hash(made.memory);
+        add_to_sizes(made.memory, matrix.dtype);
+    }
+};
+
+void norms(int seed, int64_t threads) {
+    Random random{std::mt19937((uint32_t)seed)};
+    const auto any = [&] { return random.pick({Dtype::FLOAT, Dtype::BFLOAT16, Dtype::HALF}); };
+    const bool same = random.below(2);
+    const Dtype dtype = any(), other = same ? dtype : any(), of_out = same ? dtype : any();
+    const int64_t rows = random.pick({0, 1, 5, 300}), D = random.pick({1, 7, 64, 100, 1030});
+    const Table x(random, dtype, rows, D, true), delta(random, other, rows, D, true);
+    const Table weight(random, any(), 1, D, true), grad(random, of_out, rows, D, true);
+    const Table total(random, dtype, rows, D, false), out(random, of_out, rows, D, false);
+    const Table dx(random, dtype, rows, D, false), ddelta(random, other, rows, D, false);
+    const Table dweight(random, weight.matrix.dtype, 1, D, false), rstd(random, Dtype::FLOAT, rows, 1, false);
+    float* const stds = (float*)rstd.matrix.data;
+    run(Threads{threads},
+        Norm{x.matrix, delta.matrix, weight.matrix, total.matrix, out.matrix, stds, rows, D, 1e-3f, 1.0f});
+    run(Threads{threads},
+        NormBackward{grad.matrix, random.below(2) ? x.matrix : Matrix{}, total.matrix, weight.matrix,
+                     dx.matrix, ddelta.matrix, dweight.matrix, stds, rows, D, 1.0f});
+    for (const Table* table : {&total, &out, &rstd, &dx, &ddelta, &dweight}) table->check("a norm", seed);
+}
+
+void rotations(int seed, int64_t threads) {
+    Random random{std::mt19937((uint32_t)seed)};
+    const auto any = [&] { return random.pick({Dtype::FLOAT, Dtype::BFLOAT16, Dtype::HALF}); };
+    const Dtype dtype = any(), of_cos = any(), of_sin = any();
+    const int64_t B = 1 + random.below(2), n = random.pick({0, 1, 5, 400}), S = random.pick({1, 3});
+    const int64_t H = random.pick({1, 4}), G = random.pick({1, 2}), K = random.pick({1, 6, 7, 12, 64});
+    const Made q(random, dtype, B, H, n, 1, K, true), k(random, dtype, B, G, n, 1, K, true);
+    const Made q_out(random, dtype, B, H, n, 1, K, false), dq(random, dtype, B, H, n, 1, K, false);
+    const Made k_out(random, dtype, B, G, n, S, K, false), v_out(random, dtype, B, G, n, S, K, false);
+    const Made dk(random, dtype, B, G, n, 1, K, false), dv(random, dtype, B, G, n, 1, K, false);
+    const Made cos(random, of_cos, B, 1, n, 1, K, true), sin(random, of_sin, B, 1, n, 1, K, true);
+    const Table weight(random, any(), 1, K, true), dweight(random, any(), 1, K, false);
+    Rotary call{};
+    call.from[0] = q.rows, call.from[1] = call.from[2] = k.rows;
+    call.to[0] = q_out.rows, call.to[1] = k_out.rows, call.to[2] = v_out.rows;
+    call.cos = cos.rows, call.sin = sin.rows;
+    call.weight[random.below(2)] = weight.matrix;
+    call.B = B, call.n = n, call.H = H, call.G = G, call.K = K, call.step = S - 1;
+    call.eps = 1e-3f, call.offset = 1, call.dtype = dtype, call.cos_dtype = of_cos, call.sin_dtype = of_sin;
+    run(Threads{threads}, call);
+    call.x[0] = q.rows, call.x[1] = k.rows;
+    call.to[0] = dq.rows, call.to[1] = dk.rows, call.to[2] = dv.rows;
+    call.dweight[call.weight[0].data ? 0 : 1] = dweight.matrix;
+    call.step = 0, call.back = true;
+    run(Threads{threads}, call);
+    for (const Made* made : {&q_out, &dq, &dk, &dv}) check_written("a rotation", *made, dtype, seed);
+    for (const Made* made : {&q_out, &k_out, &v_out, &dq, &dk, &dv}) {
+        add_to_hash(made->memory);
+        add_to_sizes(made->memory, dtype);
+    }
+    dweight.check("a head norm's gradient", seed);
+}
+
+void gates(int seed, int64_t threads) {
+    Random random{std::mt19937((uint32_t)seed)};
+    const Dtype dtype = random.pick({Dtype::FLOAT, Dtype::BFLOAT16, Dtype::HALF});
+    const int64_t rows = random.pick({0, 1, 5, 300}), I = random.pick({1, 7, 64, 1000});
+    const Table both(random, dtype, rows, 2 * I, true), grad(random, dtype, rows, I, true);
+    const Table out(random, dtype, rows, I, false), d(random, dtype, rows, 2 * I, false);
+    const auto second = [&](Matrix x) {
+        return Matrix{x.data + I * (dtype == Dtype::FLOAT ? 4 : 2), x.stride, dtype};
+    };
+    const bool gelu = random.below(2);
+    run(Threads{threads}, Gated{both.matrix, second(both.matrix), {}, out.matrix, {}, rows, I, gelu});
+    run(Threads{threads},
+        Gated{both.matrix, second(both.matrix), grad.matrix, d.matrix, second(d.matrix), rows, I, gelu});
+    out.check("an activation", seed);
+    d.check("an activation's gradient", seed);
+}
+
 void peaks(int seed, int64_t threads) {
     Random random{std::mt19937((uint32_t)seed)};
     const int64_t items = random.below(4), numbers = items * PEAK_NUMBERS, bytes = random.below(1 << 14);
@@ -243,6 +327,9 @@ int main(int, char** words) {
     for (int seed = 0; seed < atoi(words[2]); ++seed) {
         attention(seed, threads);
         sampling(seed, threads);
+        norms(seed, threads);
+        rotations(seed, threads);
+        gates(seed, threads);
         peaks(seed, threads);
     }
     printf("%s %016llx %.9g %.9g\n", chosen().name, (unsigned long long)hash, sizes[0], sizes[1]);
