@@ -15,6 +15,8 @@ from quietstar import training
 from quietstar.hf.graphs import HostWork
 from quietstar.run import figures
 from quietstar.run import parts as parts_of_step
+from quietstar.testing import byte_tokenizer
+from quietstar.thinking import cohorts
 from quietstar_kernels import checks as kernel_checks
 from tests.quietstar.common import short_run
 
@@ -42,6 +44,14 @@ def test_work_for_the_host_is_seen(work, name):
     with HostWork(torch.device("cpu")) as host:
         work(torch.arange(4.0))
     assert host.found is None if name is None else f"aten.{name}" in host.found and "test_host_work.py" in host.found
+
+
+def test_work_in_a_thread_without_python(monkeypatch):
+    """As a GPU's backward has."""
+    monkeypatch.setattr(traceback, "extract_stack", list)
+    with HostWork(torch.device("cpu")) as host:
+        torch.ones(3).nonzero()
+    assert host.found == "aten.nonzero.default in the backward"
 
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -160,6 +170,57 @@ def test_a_training_step_reads_nothing(tiny, tmp_path, gpu, monkeypatch, anchors
     lines = short_run(qs, DATA, tmp_path, steps=3, accumulation=parts)
     assert [line["step"] for line in lines] == [1, 2, 3] and len(steps) == 3
     assert not any(steps), steps
+
+
+@pytest.mark.parametrize(
+    "chunk, N, mistake", [(None, 4, None), (1, 4, None), (2, 2, None), (1, 4, "in a step"), (1, 4, "at once")]
+)
+def test_a_rollout_of_text_reads_only_late_counts(tiny, gpu, monkeypatch, chunk, N, mistake):
+    """A step does no work for the host. What is read was counted two steps before, but for how many thoughts there are."""
+    monkeypatch.setattr(cohorts, "FIRST_ROWS", 4)
+    steps, ages = [], []
+
+    class Arriving(cohorts.HostCopy):  # as on a GPU, which writes into the host's memory by itself
+        def __init__(self, values):
+            self.steps = len(steps)
+            with torch._C.DisableTorchFunction():
+                self.values = values.tolist()
+
+        def tolist(self):
+            ages.append(len(steps) - self.steps)
+            return self.values
+
+    def step(rollout, now, *results):
+        begun, width = sum(c.row == 0 for c in now), sum(c.place.shape[1] for c in now)
+        with HostWork(torch.device("cpu")) as host:
+            now = own(rollout, now, *results)
+            if mistake == "in a step":
+                now = [c for c in now if (c.place >= 0).any()]
+        steps.append((begun, width, host.found))
+        return now
+
+    own = cohorts._Rollout.step
+    monkeypatch.setattr(cohorts._Rollout, "step", step)
+    fields = {"thoughts": N, "thought_tokens": 24, "thought_start": "<t>", "thought_end": "e", "temperature": 3.0}
+    config = quietstar.ThoughtConfig(preset="rlp", **fields)
+    qs = quietstar.QuietStar(tiny("llama", vocab_size=256), config, byte_tokenizer(), verify=False)
+    likely = torch.zeros(256).index_fill(0, torch.tensor(ord("e") - 33), 10.0)
+    qs.model.lm_head.bias = torch.nn.Parameter(likely)
+    qs.anchor_chunk = chunk
+    texts = qs.texts(TEXT, anchors=torch.tensor([[1, 3, 4, 6], [2, 5, -1, -1]]))
+    wanted = qs.sample(texts, seed=7, greedy=False)
+    at_once = len(steps)
+    if mistake == "at once":
+        monkeypatch.setattr(cohorts, "LAG", 0)
+    monkeypatch.setattr(cohorts, "HostCopy", Arriving)
+    with gpu() as lines:
+        found = qs.sample(texts, seed=7, greedy=False)
+    begun, widths, work = zip(*steps[at_once:], strict=True)
+    assert bool(lines) == any(work) == (mistake == "in a step")
+    assert ages[0] == 0 and set(ages[1:]) == {0 if mistake == "at once" else 2}
+    assert torch.equal(found.thought_ids, wanted.thought_ids) and torch.equal(found.lengths, wanted.lengths)
+    assert len(wanted.lengths.unique()) > 5 and (sum(begun) > 2 or chunk is None)
+    assert at_once <= len(widths) <= at_once + 2 * sum(begun) and widths[-1] < max(widths)
 
 
 def test_figures_of_a_step_are_read_after_the_next_is_queued(tiny, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from quietstar.objective import Counts
 from quietstar.texts import Texts
 from quietstar.thinking.forward import QuietStarOutput
+from quietstar.thinking.rollout import HostCopy
 
 
 def sums_of(loss: Tensor, out: QuietStarOutput, part: Texts) -> dict[str, Tensor]:
@@ -66,14 +67,9 @@ class Reading:
         values = torch.stack([sums[name] for name in self._names])
         others = [x.to(values) for x in (counts.base, counts.mix[0], counts.places, counts.tokens, norm)]
         values = torch.cat([values, torch.stack(others)])
-        self._values = values.to("cpu", non_blocking=values.is_cuda)  # another device has no event to wait for
-        self._copied = torch.cuda.Event() if values.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        self._values = HostCopy(values)
 
     def figures(self) -> dict[str, float]:
-        if self._copied is not None:
-            self._copied.synchronize()
         *numbers, base, mix, places, tokens, grad_norm = self._values.tolist()
         if not base:
             warnings.warn("no token of a step was to be predicted: every label is -100, or the texts are empty", stacklevel=3)

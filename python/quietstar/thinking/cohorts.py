@@ -2,10 +2,15 @@
 
 Thoughts that begin together form a cohort, which keeps what their rows left. A forward runs the next row of all cohorts; only
 what mixes rows is computed cohort by cohort, since their rows have different numbers.
+
+The host decides from the number of live thoughts of each text. On a GPU it looks at counts of ``LAG`` steps before, so that the
+device always has work; since counts only fall, these are bounds. A fixed lag, unlike what happens to have arrived, gives each
+run the same cohorts, and so the same bits.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar.hf.decoder import StepPass, TextPass, ThoughtPass, ThoughtStore, decode_rows, padded
+from quietstar.hf.decoder import StepPass, ThoughtPass, ThoughtStore, decode_rows, decode_text, padded
 from quietstar.hf.modules import dropout_off, embeddings, largest, sharding_group
 from quietstar.texts import Texts
 from quietstar.thinking.forward import Thinker
-from quietstar.thinking.rollout import Thoughts, on_device
+from quietstar.thinking.rollout import HostCopy, Thoughts, on_device, sent
 from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout
+from quietstar_kernels.checks import on_host
 
 FIRST_ROWS = 64  # of a cohort's memory, which is doubled when they are full
 NEW = 1 / 8  # the share of places that must be free before a new cohort begins, since each makes every step a little slower
 DROP = 7 / 8  # a cohort with no more than this share of its places live moves together
+LAG = 2  # steps that are queued while the host waits for the counts of the one before them
 
 
 class Cohort:
@@ -34,12 +41,13 @@ class Cohort:
         anchor: int32 [B,C], its anchor; -1 where there is none.
         token: int64 [B,C], the last token, which is the next input.
         recent: int64 [B,C,E], the last sampled tokens.
+        live: of each text, how many thoughts are live by the last counts that the host has read.
         row: how many rows have been run.
         entries: what its rows left at each call, with what the text's did in ``store``.
     """
 
-    def __init__(self, place: Tensor, anchor: Tensor, store: ThoughtStore, marks: Marks, most: int):
-        self.place, self.anchor, self.marks = place, anchor, marks
+    def __init__(self, place: Tensor, anchor: Tensor, live: list[int], store: ThoughtStore, marks: Marks, most: int):
+        self.place, self.anchor, self.live = place, anchor, live
         self.token = torch.full_like(place, marks.start[0])
         self.recent = torch.full((*place.shape, len(marks.end)), -1, dtype=torch.int64, device=place.device)
         self.row, self._lo, self._most, self._rows = 0, store.layout.lo, most, min(FIRST_ROWS, most)
@@ -62,13 +70,14 @@ class Cohort:
                     entry.own = tuple(padded(x, 3, self._rows) for x in entry.own)
             self._lay_out()
 
-    def keep(self, live: Tensor) -> None:
-        """Drop the thoughts that have ended, and their memory. ``live`` bool [B,C]."""
-        width = int(live.sum(1).max())  # of the widest text
-        order = (~live).int().argsort(dim=1, stable=True)[:, :width]
-        kept = live.gather(1, order)
-        self.place = self.place.gather(1, order).masked_fill(~kept, -1)
-        self.anchor = self.anchor.gather(1, order).masked_fill(~kept, -1)
+    def drop_ended(self) -> None:
+        """Where many have ended, drop them and their memory."""
+        width = max(self.live)
+        if width > DROP * self.place.shape[1]:
+            return
+        order = (self.place < 0).int().argsort(dim=1, stable=True)[:, :width]
+        self.place = self.place.gather(1, order)
+        self.anchor = self.anchor.gather(1, order).masked_fill(self.place < 0, -1)
         self.token = self.token.gather(1, order)
         self.recent = self.recent.gather(1, order[..., None].expand(-1, -1, self.recent.shape[2]))
 
@@ -84,7 +93,7 @@ class CohortsPass(ThoughtPass):
     """The next row of all cohorts, side by side."""
 
     def __init__(self, store: ThoughtStore, cohorts: list[Cohort], positions: int):
-        super().__init__(positions, store.entries)
+        super().__init__(positions, store.entries, store.merged)
         self.steps = [StepPass(cohort.entries, cohort.layout, cohort.row) for cohort in cohorts]
 
     def _parts(self, dim: int, *tensors: Tensor | None) -> Iterator[Any]:
@@ -125,8 +134,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     # 2. The queue: of each text, the places that think, one after another.
     queue = ((layout.anchor >= 0)[..., None] & (layout.length > 0)).flatten(1)
     order = (~queue).int().argsort(dim=1, stable=True)
-    counts = queue.sum(1)
-    width = min(live or P * N, int(counts.max()) if B else 0)
+    copied = HostCopy(queue.sum(1))
     # One spare slot takes discarded draws, so a step writes unconditionally and never waits for the device.
     ids = torch.zeros((B, P * N + 1, T), dtype=torch.int64, device=device)
     logprob = torch.zeros((B, P * N + 1, T), device=device)
@@ -134,27 +142,39 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     with dropout_off(model):
         # 3. The text runs once.
         store = ThoughtStore(layout.text_only())
-        decode_rows(model, embeddings(model)(texts.input_ids), layout.text_position_ids(), TextPass(store))
-        rollout = _Rollout(thinker, marks, texts, store, on_device(seed, device), temperature)
+        decode_text(model, texts.input_ids, store)
+        end, stops = sent(marks.end, device), sent(marks.stops, device)
+        rollout = _Rollout(thinker, marks, end, stops, texts, store, on_device(seed, device), temperature)
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.
-        taken = torch.zeros_like(counts)
+        counts, taken = copied.tolist(), [0] * B
+        width = min(live or P * N, max(counts, default=0))
         cohorts: list[Cohort] = []
+        late: deque[tuple[list[list[int]], HostCopy]] = deque()
         group = sharding_group(model)
+        lag = LAG if group is None and not on_host(queue) else 0
         while True:
-            left = counts - taken
-            free = width - sum(((c.place >= 0).sum(1) for c in cohorts), torch.zeros_like(counts))
-            begin = torch.minimum(free, left).clamp(min=0)
-            most = int(begin.max()) if B else 0
-            if most and (not cohorts or most >= NEW * width or bool((begin == left).all())):
-                index = taken[:, None] + torch.arange(most, device=device)
-                place = order.gather(1, index.clamp(max=P * N - 1))
-                place = torch.where(torch.arange(most, device=device) < begin[:, None], place, -1)
+            left = [x - n for x, n in zip(counts, taken, strict=True)]
+            begin = [min(width - sum(c.live[b] for c in cohorts), left[b]) for b in range(B)]
+            most = max(begin, default=0)
+            if most and (not cohorts or most >= NEW * width or begin == left):
+                first, number = sent((taken, begin), device)[..., None]
+                new = torch.arange(most, device=device)
+                place = torch.where(new < number, order.gather(1, (first + new).clamp(max=P * N - 1)), -1)
                 anchor = layout.anchor.gather(1, place.clamp(min=0) // N).masked_fill(place < 0, -1)
-                cohorts.append(Cohort(place, anchor, store, marks, len(marks.start) + T))
-                taken = taken + begin
+                cohorts.append(Cohort(place, anchor, begin, store, marks, len(marks.start) + T))
+                taken = [x + n for x, n in zip(taken, begin, strict=True)]
             if not largest(group, len(cohorts), device):
                 break
             cohorts = rollout.step(cohorts, ids, logprob, lengths)
+            if cohorts:
+                late.append(([c.live for c in cohorts], HostCopy(torch.stack([(c.place >= 0).sum(1) for c in cohorts]))))
+            if len(late) > lag:
+                known, counted = late.popleft()
+                for of_cohort, now in zip(known, counted.tolist(), strict=True):
+                    of_cohort[:] = now
+            cohorts = [c for c in cohorts if any(c.live)]
+            for c in cohorts:
+                c.drop_ended()
     ids, logprob, lengths = (x[:, :-1].unflatten(1, (P, N)) for x in (ids, logprob, lengths))
     return Thoughts(ids, logprob, lengths)
 
@@ -165,13 +185,15 @@ class _Rollout:
 
     thinker: Thinker
     marks: Marks
+    end: Tensor  # int64 [E], the end string
+    stops: Tensor  # int64, tokens that end a thought too
     texts: Texts
     store: ThoughtStore  # of the text
     seed: Tensor
     temperature: float
 
     def step(self, cohorts: list[Cohort], ids: Tensor, logprob: Tensor, lengths: Tensor) -> list[Cohort]:
-        """Run a row of every thought and sample; the cohorts that still have live thoughts."""
+        """Run a row of every thought and sample; the cohorts that have rows left. Reads nothing from the device."""
         model, marks, layout, T = self.thinker.model, self.marks, self.texts.layout, self.thinker.config.thought_tokens
         text_position, embed = layout.text_position_ids(), embeddings(model)
         step = CohortsPass(self.store, cohorts, layout.L + len(marks.start) + T)
@@ -195,22 +217,13 @@ class _Rollout:
         s = s.clamp(min=0)
         ids[batch, kept_at, s], logprob[batch, kept_at, s], lengths[batch, kept_at] = drawn, value, s + 1
         # 3. Who goes on: in the start string all; later those that didn't end.
-        kept = []
         for c, some in zip(cohorts, drawn.split([c.place.shape[1] for c in cohorts], 1), strict=True):
             c.advance()
             if c.row < len(marks.start):
                 c.token = torch.full_like(c.token, marks.start[c.row])
-                kept.append(c)
                 continue
             c.token = some
             c.recent = torch.cat([c.recent[..., 1:], some[..., None]], -1)
-            ended = (c.recent == some.new_tensor(marks.end)).all(-1) | torch.isin(some, some.new_tensor(marks.stops))
-            over = c.row - len(marks.start) + 1 >= T
-            live = (c.place >= 0) & ~ended & (some >= 0) if not over else torch.zeros_like(ended)
-            c.place = c.place.masked_fill(~live, -1)
-            most = int(live.sum(1).max())
-            if most <= DROP * live.shape[1]:
-                c.keep(live)
-            if most:
-                kept.append(c)
-        return kept
+            ended = (c.recent == self.end).all(-1) | (some[..., None] == self.stops).any(-1)
+            c.place = c.place.masked_fill(ended | (some < 0), -1)
+        return [c for c in cohorts if c.row < len(marks.start) + T - 1]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import ThoughtConfig
-from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
+from quietstar.hf.decoder import ThoughtStore, decode_step, decode_text
 from quietstar.hf.graphs import Runner
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings, largest, not_finite, sharding_group
@@ -129,7 +131,7 @@ def sample_vector_thoughts(
         layout = ThoughtLayout(anchor, lo, length, T)
         runs = layout.chunks(anchor_chunk)
         store = ThoughtStore(layout.select(runs[0]))
-        decode_rows(model, embeddings(model)(input_ids), layout.text_position_ids(), TextPass(store))
+        decode_text(model, input_ids, store)
         parts: list[Thoughts] = []
         for places in runs:
             if parts:
@@ -188,7 +190,8 @@ def continue_thoughts(
     ends, group = None, None if whole or sampling.stop is None else sharding_group(model)
     for step in range(T if end is None else T + 2):
         hidden = decode_step(model, embeds, store, step).unflatten(1, (P, N))
-        ends = hidden if ends is None else torch.where((lengths + 1 == step)[..., None], hidden, ends)
+        if end is not None:
+            ends = hidden if ends is None else torch.where((lengths + 1 == step)[..., None], hidden, ends)
         if sampling.stop is not None:
             if step < T:
                 likely = head.logprob(hidden, torch.full_like(lengths, sampling.stop.end)).exp() > sampling.stop.threshold
@@ -209,6 +212,24 @@ def continue_thoughts(
 def on_device(seed: int, device: torch.device) -> Tensor:
     """64 bits as int64 [], without a copy from the host."""
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Integers of the host, as int64 in the shape of their sequences; nothing waits for the device."""
+    return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Values on their way from the device: ``tolist`` waits for what was queued before this, not after it."""
+
+    def __init__(self, values: Tensor):
+        self._values = values.to("cpu", non_blocking=values.is_cuda)  # another device has no event to wait for
+        self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def tolist(self) -> list[Any]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def draw_seed() -> int:
