@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "mistral": {"sliding_window": 7},
     "qwen2": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7, "use_sliding_window": True},
     "qwen3": {},
+    "gemma": {},
     "gemma2": {"sliding_window": 7, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "resid_pdrop": 0.1, "attn_pdrop": 0.1},

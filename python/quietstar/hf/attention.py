@@ -69,8 +69,8 @@ class MaskArguments:
 def thought_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Any,
     *,
     thought_layout: ThoughtLayout | ThoughtPass,
@@ -81,7 +81,7 @@ def thought_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in a forward with a layout: query [B,H,rows,K] to [B,rows,H,E]."""
+    """Attention in a forward with a layout: query [B,H,rows,K] to [B,rows,H,E]; key and value as ``ThoughtPass.attend``."""
     if isinstance(attention_mask, Tensor):
         raise ValueError("with a thought layout attention_mask must be None or [B,M], got a prepared mask tensor")
     unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in WITHOUT_EFFECT]
@@ -101,9 +101,10 @@ def thought_forward(
     window = sliding_window
     if isinstance(attention_mask, MaskArguments):
         window = attention_mask.window(thought_pass.positions)
+    dtype = query.dtype if value is None else value.dtype  # that of cos and sin may be wider
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = query.to(dtype), *(None if x is None else x.to(dtype) for x in (key, value))
     out = thought_pass.attend(query, key, value, scale=scaling, window=window, softcap=softcap, sinks=s_aux)
     return out.transpose(1, 2).contiguous(), None
 

@@ -6,7 +6,9 @@ reading a layer index, because a model may make more than one in a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import convolutions
-from quietstar.hf.modules import backbone
+from quietstar.hf.merged_weights import Merged, groups_of, merge
+from quietstar.hf.modules import backbone, embeddings
 from quietstar_kernels import (
     DeltaRows,
     ThoughtLayout,
     advance_states,
     anchor_states,
     conv_tails,
+    rotary,
+    rotary_decode,
     text_states,
     thought_attention,
     thought_conv,
@@ -40,13 +45,27 @@ class ThoughtPass:
         stored: what an earlier forward left for each call; None for passes that need nothing.
         calls: how many there were.
         convolutions: how many of them were convolutions.
+        merged: copies of weights for products side by side; None where there are none.
     """
 
-    def __init__(self, positions: int, stored: Sized | None = None):
+    def __init__(self, positions: int, stored: Sized | None = None, merged: Merged | None = None):
         self.positions, self.stored, self.calls, self.convolutions = positions, stored, 0, 0
+        self.merged = merged
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``."""
+    def angles(self, frequencies: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B,rows,K] of the frequencies, fp32 [K], times ``position_ids`` [B,rows]."""
+        turned = position_ids[..., None] * frequencies
+        return turned.cos(), turned.sin()
+
+    def rotate(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys and values for ``attend``, from what ``rotary`` takes; keys and values None where they are written."""
+        return rotary(*inputs, **options)
+
+    def attend(self, q: Tensor, k: Any, v: Any, **options: Any) -> Tensor:
+        """q [B,H,rows,K], k [B,G,rows,K], v [B,G,rows,E] to [B,H,rows,E]; options of ``thought_attention``.
+
+        k and v may be None, as ``rotate`` gave them.
+        """
         raise NotImplementedError
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,6 +186,8 @@ class ThoughtStore:
 
     def __init__(self, layout: ThoughtLayout, capacity: int | None = None):
         self.capacity = capacity
+        self.merged: Merged | None = None
+        self.angles: tuple[Tensor, Tensor] | None  # cos and sin [B,P*N,S,K] of all rows
         self.text_layout = layout.text_only()
         self.entries: list[Entry] = []
         self._set(layout if capacity is None else replace(layout, lo=_extended(layout.lo, capacity)))
@@ -219,7 +240,7 @@ class ThoughtStore:
             entry.states.copy_(text_states(DeltaRows(*entry.text), self.layout.lo))
 
     def _set(self, layout: ThoughtLayout) -> None:
-        self.layout = layout
+        self.layout, self.angles = layout, None
         self.positions = layout.position_ids()[:, layout.L :].unflatten(1, (layout.P * layout.N, layout.S))
 
 
@@ -249,8 +270,9 @@ class TextPass(PackedPass):
 class StepPass(ThoughtPass):
     """Row ``step`` of all branches: reads what the text and its branch left, and leaves its own there."""
 
-    def __init__(self, entries: list[Entry], layout: ThoughtLayout, step: int):
-        super().__init__(layout.L + layout.S, entries)
+    def __init__(self, entries: list[Entry], layout: ThoughtLayout, step: int, store: ThoughtStore | None = None):
+        super().__init__(layout.L + layout.S, entries, None if store is None else store.merged)
+        self.store = store
         self.entries, self.layout, self.step = entries, layout, step
         self.now = torch.full((), step, dtype=torch.int32, device=layout.device)  # once, for all calls
 
@@ -262,9 +284,22 @@ class StepPass(ThoughtPass):
         for rows, x in zip(own, new, strict=True):
             rows.select(3, self.step).copy_(x)  # an assignment would make torch.compile build a graph for each step
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def angles(self, frequencies: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all steps are computed in the first."""
+        if self.store is None:
+            return super().angles(frequencies, position_ids)
+        if self.store.angles is None:
+            self.store.angles = super().angles(frequencies, self.store.positions)
+        cos, sin = self.store.angles
+        return cos[:, :, self.step], sin[:, :, self.step]
+
+    def rotate(self, *inputs: Any, **options: Any) -> tuple[Tensor, None, None]:
+        return rotary_decode(*(*inputs, *self.entries[self.calls].own, self.now), **options), None, None
+
+    def attend(self, q: Tensor, k: Any, v: Any, **options: Any) -> Tensor:
         entry = self._entry()
-        self._write(entry.own, k, v)
+        if k is not None:
+            self._write(entry.own, k, v)
         (k_text, v_text), (k_own, v_own) = entry.text, entry.own
         return thought_decode(q, k_text, v_text, k_own, v_own, self.layout, self.now, **options)
 
@@ -281,16 +316,35 @@ class StepPass(ThoughtPass):
         return out
 
 
+# The pass of the forward that is running, for modules that transformers gives no keywords.
+running: ContextVar[ThoughtPass | None] = ContextVar("running", default=None)
+
+
+@contextmanager
+def _running(thought_pass: ThoughtPass) -> Iterator[None]:
+    token = running.set(thought_pass)
+    try:
+        yield
+    finally:
+        running.reset(token)
+
+
 def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, thought_pass: ThoughtPass) -> Tensor:
     """One forward of the decoder with thoughts: embeds [B,rows,D] to last hidden states [B,rows,D]; there may be no rows."""
     rows = embeds.shape[1]
     if not rows:  # most layers can't run without any, and other processes wait for a sharded model's forward
         embeds, position_ids = (torch.cat([x, x.new_zeros((len(x), 1, *x.shape[2:]))], 1) for x in (embeds, position_ids))
         thought_pass = PackedPass(ThoughtLayout.every_position(len(embeds), 1, 1, 1, embeds.device).text_only())
-    ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    hidden = backbone(model)(
-        inputs_embeds=embeds, attention_mask=ones, position_ids=position_ids, use_cache=False, thought_layout=thought_pass
-    ).last_hidden_state
+    layout: ThoughtLayout | None = getattr(thought_pass, "layout", None)  # some have several
+    one = _one(embeds) if layout is None else layout.table("one", _one)
+    with nullcontext() if torch.compiler.is_compiling() else _running(thought_pass):
+        hidden = backbone(model)(
+            inputs_embeds=embeds,
+            attention_mask=one.expand(embeds.shape[:2]),  # no row is padding; transformers casts masks that are not bool
+            position_ids=position_ids,
+            use_cache=False,
+            thought_layout=thought_pass,
+        ).last_hidden_state
     calls, stored = thought_pass.calls, thought_pass.stored
     known = calls if stored is None else len(stored)
     if not calls or calls != known or thought_pass.convolutions != convolutions(model):  # the numbers would be silently wrong
@@ -301,6 +355,16 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     return hidden[:, :rows]
 
 
+def decode_text(model: PreTrainedModel, input_ids: Tensor, store: ThoughtStore) -> Tensor:
+    """Last hidden states [B,L,D] of a text; what its rows leave goes to the store, whose steps come next."""
+    store.merged = merge(groups_of(model), store.merged)
+    return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), TextPass(store))
+
+
+def _one(place: Tensor | ThoughtLayout) -> Tensor:
+    return torch.ones((1, 1), dtype=torch.bool, device=place.device)
+
+
 def decode_step(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore, step: int) -> Tensor:
     """Row ``step`` of every thought in the store: embeds [B,P*N,D] to last hidden states [B,P*N,D]."""
-    return decode_rows(model, embeds, store.positions[:, :, step], StepPass(store.entries, store.layout, step))
+    return decode_rows(model, embeds, store.positions[:, :, step], StepPass(store.entries, store.layout, step, store))

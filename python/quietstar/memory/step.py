@@ -16,6 +16,7 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.architectures import check_architecture
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.decoder import PackedPass, decode_rows
+from quietstar.hf.fused_layers import fuse_layers
 from quietstar.hf.modules import embeddings
 from quietstar_kernels import DeltaRows, ThoughtLayout, text_states
 from quietstar_kernels.linear_logprob import GPU_PART, default_keep_bytes
@@ -176,6 +177,7 @@ def step_memory(
         model = AutoModelForCausalLM.from_config(config, dtype=faked)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
+        fuse_layers(model)
         sizes = [x.numel() for x in model.parameters()]
         anchors = torch.arange(places).expand(B, -1)
         layout = ThoughtLayout.at(anchors, N, thoughts.rows, L)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from quietstar.checks import check_seed, check_think
 from quietstar.hf.architectures import most_rows
-from quietstar.hf.decoder import TextPass, ThoughtStore, decode_rows, decode_step
+from quietstar.hf.decoder import ThoughtStore, decode_step, decode_text
 from quietstar.hf.graphs import EAGER, Graphs, Runner
 from quietstar.hf.modules import check_whole, dropout_off, embeddings, not_finite, sharding_group
 from quietstar.hf.positions import check_room, learned_positions, position_limits
@@ -185,9 +185,7 @@ class ThinkingModel(GenerationMixin):
         """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
         if self.cache is None:
             self.cache = self._prepare(input_ids, attention_mask)
-            store = self.cache.store
-            embeds, position_ids = embeddings(self.thinker.model)(input_ids), store.text_layout.text_position_ids()
-            h_base = decode_rows(self.thinker.model, embeds, position_ids, TextPass(store))[:, -1]
+            h_base = decode_text(self.thinker.model, input_ids, self.cache.store)[:, -1]
         else:
             h_base = self._read_token(self.cache, input_ids[:, -1:])
         if self.thinking.think == "always":
