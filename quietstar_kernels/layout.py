@@ -25,6 +25,7 @@ from .checks import IGNORED, INTEGERS, MASKS, Checker, check_instance, has_value
 OP = "ThoughtLayout"
 OWN = ("causal", "full")
 T = TypeVar("T")
+POSITIONS = "position ids"  # the only table that is the same for all back ends
 MOST_ROWS = 2**31 - 1  # kernels number the rows of a text in 32 bits
 
 
@@ -35,9 +36,8 @@ class _Made:
         tables: what an op makes from the branches, by name.
     """
 
-    def __init__(self, layout: ThoughtLayout, branches: Branches):
-        self.fields, self.branches = _own_fields(layout), branches
-        self.tables: dict[str, Any] = {}
+    def __init__(self, layout: ThoughtLayout, branches: Branches, tables: dict[str, Any]):
+        self.fields, self.branches, self.tables = _own_fields(layout), branches, tables
 
     def serves(self, layout: ThoughtLayout) -> bool:
         pairs = zip(self.fields, _own_fields(layout), strict=True)
@@ -122,7 +122,7 @@ class ThoughtLayout:
         made = self._make_branches()
         # Fake tensors of a real layout serve nobody else; without gradients a compiled function may be in inference mode.
         if type(made.table) is type(self.lo) and (torch.is_grad_enabled() or not torch.compiler.is_compiling()):
-            object.__setattr__(self, "_made", _Made(self, made))
+            object.__setattr__(self, "_made", _Made(self, made, {}))
         return made
 
     def _make_branches(self) -> Branches:
@@ -446,8 +446,8 @@ class ThoughtLayout:
 
     def position_ids(self) -> Tensor:
         """int64 [B,M]: t - lo[b,t] for text; that of the anchor + 1 + s for a thought row; 0 for rows that are off. In a tree
-        the rows of a node go on from those of its parent."""
-        return self.branches.position_ids()
+        the rows of a node go on from those of its parent. Made once, so don't write to it."""
+        return self.table(POSITIONS, lambda layout: layout.branches.position_ids())
 
     def token_ids(self, input_ids: Tensor, thought_ids: Tensor, start_id: int, end_id: int, pad_id: int) -> Tensor:
         """The tokens of the packed sequence, int64 [B,M].
@@ -569,9 +569,18 @@ class ThoughtLayout:
     def to(self, device: torch.device | str, **kwargs: Any) -> ThoughtLayout:
         """The layout on another device; keyword arguments go to ``Tensor.to``."""
         device = Checker("ThoughtLayout.to").device(device)
-        anchor, lo, length = (x.to(device, **kwargs) for x in (self.anchor, self.lo, self.length))
-        parent = None if self.parent is None else self.parent.to(device, **kwargs)
-        return replace(self, anchor=anchor, lo=lo, length=length, parent=parent)
+        return self.map(lambda x: x.to(device, **kwargs))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ThoughtLayout:
+        """With ``function``, which copies tensors, of each: also of what was made from the layout for all back ends."""
+        own: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        layout = replace(self, **own)
+        if self._made is not None:
+            branches = Branches._make(function(x) if isinstance(x, Tensor) else x for x in self._made.branches)
+            tables = {name: function(x) for name, x in self._made.tables.items() if name == POSITIONS}
+            if layout._made is None:  # other tensors
+                object.__setattr__(layout, "_made", _Made(layout, branches, tables))
+        return layout
 
     def _grid_only(self, check: Checker) -> Checker:
         if self.packed_rows is not None:

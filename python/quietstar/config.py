@@ -278,6 +278,11 @@ class ThoughtConfig:
         return bool(self.thought_start)
 
     @property
+    def stops(self) -> bool:
+        """Whether sampled thoughts may have fewer than T tokens."""
+        return self.written or self.stop_threshold is not None
+
+    @property
     def rows(self) -> int:
         """S = T + J + 1: the start, T sampled tokens, the end and J-1 teacher-forced tokens."""
         return self.thought_tokens + self.lookahead + 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from quietstar_kernels.checks import IGNORED
 
 # How many of the next tokens, one after another, make a leak: one or two occur in long thoughts by chance.
 LEAK = 4
+# Rewards of an anchor that differ by less are equal up to rounding, nats.
+SPREAD = 1e-6
 
 
 def sampled(thought_lengths: Tensor, thought_tokens: int) -> Tensor:
@@ -28,10 +32,13 @@ class Targets:
     mix: Tensor  # [B,P,N,J], thought (p, n) predicts text token anchor + j + 1
     rewarded: Tensor  # bool [B,P], anchors whose thoughts get a reward
     sampled: Tensor  # int64 [B,P,N], number of sampled tokens in each thought; T at unused anchors, which count in the means
+    earning: Tensor  # bool [B,P,N,J], mixed targets that count in a reward
+    on: Tensor  # bool [B,P,N,T], sampled tokens of the thoughts that get a reward
+    spread: Tensor  # fp32 [B,P], rewards of an anchor that differ by no more are equal; below 0 at those that are not rewarded
 
     def select(self, anchors: slice) -> Targets:
         """The targets of some of the anchors, with all base targets."""
-        return Targets(self.base, self.mix[:, anchors], self.rewarded[:, anchors], self.sampled[:, anchors])
+        return Targets(self.base, *(getattr(self, x.name)[:, anchors] for x in fields(self)[1:]))
 
 
 def following(labels: Tensor, layout: ThoughtLayout, count: int = LEAK) -> Tensor:
@@ -62,18 +69,25 @@ def make_targets(labels: Tensor, layout: ThoughtLayout, lookahead: int, all_know
     base = torch.where(layout.lo[:, 1:] <= t[:-1], labels[:, 1:], IGNORED)
 
     anchor, ids = layout.anchor.long(), following(labels, layout, lookahead)
-    on = layout.live()[:, :, :, 0]
-    mix = torch.where(on[..., None], ids[:, :, None], IGNORED)
+    live = layout.live()[:, :, :, 0]
+    mix = torch.where(live[..., None], ids[:, :, None], IGNORED)
     rewarded = (mix != IGNORED).all(-1).any(-1) if all_known else (anchor >= 0) & (anchor <= L - 2 - lookahead)
-    sampled = torch.where(on, layout.length.long(), layout.S) - lookahead - 1
-    return Targets(base, mix, rewarded, sampled)
+    lengths = torch.where(live, layout.length.long(), layout.S) - lookahead - 1
+    earning = (mix != IGNORED) & rewarded[:, :, None, None]
+    on = sampled(lengths, layout.S - lookahead - 1) & (live & rewarded[:, :, None])[..., None]
+    spread = torch.where(rewarded, SPREAD, -1.0)
+    return Targets(base, mix, rewarded, lengths, earning, on, spread)
 
 
-def at_anchors(nll_base: Tensor, layout: ThoughtLayout, lookahead: int) -> Tensor:
-    """``nll_base`` [B,L-1] at the J targets of each anchor t, positions t to t + J - 1: [B,P,J]."""
-    steps = torch.arange(lookahead, device=nll_base.device)
-    index = (layout.anchor.long()[:, :, None] + steps).clamp(0, nll_base.shape[1] - 1)
-    return nll_base.gather(1, index.flatten(1)).view(index.shape)
+def places_ahead(layout: ThoughtLayout, lookahead: int, size: int) -> Tensor:
+    """int64 [B,P,J], the positions t to t + J - 1 for each anchor t, which predict its J targets; from 0 to ``size`` - 1."""
+    steps = torch.arange(lookahead, device=layout.device)
+    return (layout.anchor.long()[:, :, None] + steps).clamp(0, size - 1)
+
+
+def at_places(nll_base: Tensor, places: Tensor) -> Tensor:
+    """``nll_base`` [B,L-1] at ``places`` [B,P,J]."""
+    return nll_base.gather(1, places.flatten(1)).view(places.shape)
 
 
 # The first line of each docstring below is shown in ``quietstar train --help``.
@@ -113,17 +127,15 @@ def rewards(nll_base: Tensor, nll_mix: Tensor, targets: Targets, kind: str, disc
     reward = REWARDS[kind](nll_base.detach()[:, :, None], nll_mix.detach())
     if discount != 1:
         reward = reward * discount ** torch.arange(reward.shape[-1], dtype=reward.dtype, device=reward.device)
-    reward = torch.where(targets.mix != IGNORED, reward, 0).sum(-1)
-    return torch.where(targets.rewarded[:, :, None], reward, 0)
-
-
-# Rewards of an anchor that differ by less are equal up to rounding, nats.
-SPREAD = 1e-6
+    return (reward * targets.earning).sum(-1)
 
 
 def dead_groups(reward: Tensor, targets: Targets) -> Tensor:
     """bool [B,P], rewarded anchors whose thoughts, 2 or more, earn the same, [B,P,N]: they say nothing about each other."""
-    return targets.rewarded & (reward.amax(-1) - reward.amin(-1) <= SPREAD) & (reward.shape[-1] > 1)
+    if reward.shape[-1] == 1:
+        return torch.zeros_like(targets.rewarded)
+    least, most = reward.aminmax(dim=-1)
+    return most - least <= targets.spread
 
 
 def _relu(reward: Tensor) -> Tensor:
@@ -156,9 +168,12 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def advantages(reward: Tensor, targets: Targets, kind: str) -> Tensor:
-    """The advantage of each thought over the others at its anchor: [B,P,N] from rewards [B,P,N], 0 at unrewarded anchors."""
-    return torch.where(targets.rewarded[:, :, None], ADVANTAGES[kind](reward), 0)
+def advantages(reward: Tensor, dead: Tensor, kind: str) -> Tensor:
+    """The advantage of each thought over the others at its anchor: [B,P,N] from rewards [B,P,N].
+
+    It is 0 in ``dead`` groups [B,P], and at anchors that are not rewarded, whose rewards are all 0.
+    """
+    return ADVANTAGES[kind](reward).masked_fill(dead[..., None], 0)
 
 
 @dataclass(frozen=True)
@@ -168,41 +183,53 @@ class Counts:
     Counts of several batches add up, so a batch split over ranks or accumulation steps gives the same loss as the whole.
 
     Attributes:
+        values: int64 [4+J], all of them: one tensor to move, add and reduce.
         base: base targets, 0-d.
-        mix: mixed targets for each j, [J].
         places: rewarded anchors times thoughts, 0-d; anchors on padding count, unused ones don't.
         tokens: sampled tokens of those thoughts, 0-d.
         thoughts: those of these thoughts that have a token, 0-d.
+        mix: mixed targets for each j, [J].
     """
 
-    base: Tensor
-    mix: Tensor
-    places: Tensor
-    tokens: Tensor
-    thoughts: Tensor
+    values: Tensor
+
+    base = property(lambda self: self.values[0])
+    places = property(lambda self: self.values[1])
+    tokens = property(lambda self: self.values[2])
+    thoughts = property(lambda self: self.values[3])
+    mix = property(lambda self: self.values[4:])
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, x.name) + getattr(other, x.name) for x in fields(self)))
+        return Counts(self.values + other.values)
+
+    def divisors(self) -> Counts:
+        """What means are divided by: at least 1, so that a mean over nothing is 0."""
+        return Counts(self.values.clamp(min=1))
 
 
 def count(targets: Targets) -> Counts:
     """The counts of one batch."""
     base, mix = (targets.base != IGNORED).sum(), (targets.mix != IGNORED).sum((0, 1, 2))
     tokens = torch.where(targets.rewarded[:, :, None], targets.sampled, 0)
-    return Counts(base, mix, targets.rewarded.sum() * targets.mix.shape[2], tokens.sum(), (tokens > 0).sum())
+    places = targets.rewarded.sum() * targets.mix.shape[2]
+    return Counts(torch.cat([torch.stack([base, places, tokens.sum(), (tokens > 0).sum()]), mix]))
 
 
 def cross_entropy(nll_base: Tensor, nll_mix: Tensor, counts: Counts, base_weight: float, mix_weight: float) -> Tensor:
-    """base_weight * mean(nll_base) + mix_weight / J * sum over j of mean(nll_mix[..., j]). A mean over no targets is 0.
+    """base_weight * mean(nll_base) + mix_weight / J * sum over j of mean(nll_mix[..., j]).
 
     Args:
         nll_base: [B,L-1], 0 where a target does not count.
         nll_mix: [B,P,N,J], 0 where a target does not count.
-        base_weight, mix_weight: 0 leaves the term out of the backward too.
+        counts: ``Counts.divisors``.
+        base_weight, mix_weight: 0 leaves the term out.
     """
-    base = (nll_base if base_weight else nll_base.detach()).sum() / counts.base.clamp(min=1)
-    mix = (nll_mix if mix_weight else nll_mix.detach()).sum((0, 1, 2)) / counts.mix.clamp(min=1)
-    return base_weight * base + mix_weight * mix.mean()
+    loss = _times(base_weight, nll_base.sum() / counts.base) if base_weight else nll_base.new_zeros(())
+    return torch.add(loss, (nll_mix.sum((0, 1, 2)) / counts.mix).mean(), alpha=mix_weight) if mix_weight else loss
+
+
+def _times(weight: float, term: Tensor) -> Tensor:
+    return term if weight == 1 else weight * term
 
 
 @dataclass(frozen=True)
@@ -266,13 +293,13 @@ def policy_loss(sampled: Sampled, counts: Counts, weights: Mapping[str, float], 
     """Minus the weighted sum of ``POLICY_TERMS``, averaged over the sampled tokens at rewarded anchors.
 
     Args:
+        counts: ``Counts.divisors``.
         token_mean: "tokens", over all of them; or "thought", over those of each thought, and then over thoughts that have any.
     """
-    total = torch.stack([weight * POLICY_TERMS[name](sampled) for name, weight in weights.items()]).sum(0)
-    total = torch.where(sampled.on, total, 0)
+    total = reduce(add, (_times(weight, POLICY_TERMS[name](sampled)) for name, weight in weights.items())) * sampled.on
     if token_mean == "thought":
-        return -(total.sum(-1) / sampled.on.sum(-1).clamp(min=1)).sum() / counts.thoughts.clamp(min=1)
-    return -total.sum() / counts.tokens.clamp(min=1)
+        return (total.sum(-1) / sampled.on.sum(-1).clamp(min=1)).sum() / -counts.thoughts
+    return total.sum() / -counts.tokens
 
 
 def gate_loss(probability: Tensor, reward: Tensor, targets: Targets, cost: float, counts: Counts) -> Tensor:
@@ -285,12 +312,13 @@ def gate_loss(probability: Tensor, reward: Tensor, targets: Targets, cost: float
         probability: [B,P], g, the probability with which each anchor was chosen; carries the gradient.
         reward: [B,P,N].
         cost: cost of thinking at a position, nats.
+        counts: ``Counts.divisors``.
     """
     gain = torch.where(targets.rewarded, (reward.mean(-1) - cost) * probability.log(), 0)
-    return -gain.sum() / counts.base.clamp(min=1)
+    return -gain.sum() / counts.base
 
 
-def leaks(thought_ids: Tensor, thought_lengths: Tensor | None, following: Tensor) -> Tensor:
+def leaks(thought_ids: Tensor, on: Tensor | None, following: Tensor) -> Tensor:
     """bool [B,P,N]: whether a thought has the next 4 tokens of the text, one after another, anywhere among its sampled tokens.
 
     False where fewer than 4 are known. A likelihood reward is gamed by such thoughts (arXiv 2506.08007, section 5, says so of
@@ -298,17 +326,10 @@ def leaks(thought_ids: Tensor, thought_lengths: Tensor | None, following: Tensor
 
     Args:
         thought_ids: int64 [B,P,N,T].
-        thought_lengths: int64 [B,P,N], None where all have T tokens.
+        on: bool [B,P,N,T], True up to each thought's end; None where all have T tokens.
         following: int64 [B,P,F], the next tokens, -100 where there is none.
     """
-    T = thought_ids.shape[-1]
-    starts = T - LEAK + 1
-    if starts < 1 or following.shape[-1] < LEAK:
+    if thought_ids.shape[-1] < LEAK or following.shape[-1] < LEAK:
         return torch.zeros_like(thought_ids[..., 0], dtype=torch.bool)
-    next_ids = following[:, :, None, :LEAK]
-    found = (next_ids != IGNORED).all(-1, keepdim=True).expand(*thought_ids.shape[:3], starts)
-    for i in range(LEAK):
-        found = found & (thought_ids[..., i : starts + i] == next_ids[..., i, None])
-    if thought_lengths is not None:
-        found = found & (torch.arange(starts, device=found.device) <= thought_lengths[..., None] - LEAK)
-    return found.any(-1)
+    same = (thought_ids.unfold(-1, LEAK, 1) == following[:, :, None, None, :LEAK]).all(-1)  # [B,P,N,starts]
+    return (same if on is None else same & on[..., LEAK - 1 :]).any(-1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quietstar.objective import LEAK, following, leaks, make_targets
+from quietstar.objective import LEAK, following, leaks, make_targets, sampled
 from quietstar_kernels import ThoughtLayout
 
 
@@ -12,12 +12,12 @@ def test_as_a_loop_finds_them(T, with_lengths):
     generator = torch.Generator().manual_seed(0)
     B, P, N = 3, 5, 4
     thoughts = torch.randint(2, (B, P, N, T), generator=generator)
-    lengths = torch.randint(T + 1, (B, P, N), generator=generator) if with_lengths else None
+    lengths = torch.randint(T + 1, (B, P, N), generator=generator) if with_lengths else torch.full((B, P, N), T)
     tokens = torch.randint(2, (B, P, LEAK), generator=generator)
     tokens[0, 0, 2:] = -100
-    got = leaks(thoughts, lengths, tokens)
+    got = leaks(thoughts, sampled(lengths, T), tokens)
     for b, p, n in torch.cartesian_prod(*map(torch.arange, (B, P, N))).tolist():
-        length = T if lengths is None else int(lengths[b, p, n])
+        length = int(lengths[b, p, n])
         thought, wanted = thoughts[b, p, n, :length].tolist(), tokens[b, p].tolist()
         assert bool(got[b, p, n]) == any(thought[i : i + LEAK] == wanted for i in range(length))
     assert got.any() == (T >= LEAK) and not got.all()

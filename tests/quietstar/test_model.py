@@ -143,6 +143,14 @@ def test_a_batch_that_was_checked_once_stands_for_its_tensors(qs):
     assert torch.equal(qs.think(texts, seed=2).thought_ids, got.thought_ids)
     moved = texts.to(torch.device("meta"))
     assert moved.device.type == moved.layout.device.type == moved.labels.device.type == moved.anchors.device.type == "meta"
+    assert moved.layout.branches.table.is_meta and moved.tables.targets.mix.is_meta and moved.tables.rows.place.is_meta
+    copies = []
+    copied = texts.map(lambda x: copies.append(x.dtype) or x.clone())
+    assert len(copies) == len(set(copies)) and qs.with_tables(copied) is copied
+    assert torch.equal(qs(copied, seed=2).loss, want.loss) and copied.tables.places.data_ptr() % 16 == 0
+    with torch.inference_mode():
+        texts = qs.texts(**batch, sequence_ids=torch.tensor([4, 5]), seed=2)
+    qs(texts, seed=2).loss.backward()
     given = {"anchors": want.anchors, "thought_ids": want.thought_ids, "thought_lengths": want.thought_ids[..., 0] % (T + 1)}
     given = {**given, "old_logprob": want.logprob + 0.1}
     again = qs.texts(**batch, **given)

@@ -16,7 +16,7 @@ V = 3
 REWARD = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 LOGITS = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64)
 OTHER = torch.tensor([-0.7, 0.5, 0.3], dtype=torch.float64)
-COUNTS = objective.Counts(torch.tensor(1), torch.tensor([1]), *[torch.tensor(1)] * 3)
+COUNTS = objective.Counts(torch.ones(5, dtype=torch.int64))
 
 
 def p_of(logits):
@@ -51,7 +51,7 @@ def family(name, advantage=torch.relu, **given):
             torch.ones(1, 1, len(ids), 1, dtype=torch.bool),
             **{key: x[ids][None, None, :, None] if isinstance(x, torch.Tensor) else x for key, x in given.items()},
         )
-        counts = objective.Counts(COUNTS.base, COUNTS.mix, *[torch.tensor(len(ids))] * 3)
+        counts = objective.Counts(torch.tensor([1, *[len(ids)] * 3, 1]))
         return objective.policy_loss(sampled, counts, {name: 1.0})
 
     return loss
@@ -104,7 +104,7 @@ def whole_thoughts(T, N, term, **given):
             torch.ones(1, 1, N, T, dtype=torch.bool),
             base_logprob=logp_base[chosen][None, None],
         )
-        counts = objective.Counts(COUNTS.base, COUNTS.mix, *[torch.tensor(N)] * 3)
+        counts = objective.Counts(torch.tensor([1, N, N, N, 1]))
         total = total + logp[chosen].sum().exp().detach() * objective.policy_loss(sampled, counts, {term: 1.0})
     return torch.autograd.grad(total, table)[0], exact
 
@@ -131,7 +131,7 @@ def test_what_is_off_weighs_nothing():
     sampled = objective.Sampled(
         logprob, torch.ones(1, 1, 2), on, base_logprob=torch.full((1, 1, 2, 3), float("nan")).where(~on, -2.0)
     )
-    counts = objective.Counts(COUNTS.base, COUNTS.mix, torch.tensor(2), torch.tensor(3), torch.tensor(2))
+    counts = objective.Counts(torch.tensor([1, 2, 3, 2, 1]))
     loss = objective.policy_loss(sampled, counts, {"reinforce": 1.0, "divergence": 0.5, "entropy": 0.5})
     loss.backward()
     assert torch.isfinite(loss) and not logprob.grad[~on].any() and logprob.grad[on].all()
@@ -145,7 +145,7 @@ def test_the_gate_follows_what_thinking_earns_above_its_cost():
     total = 0
     for thinks in itertools.product((False, True), repeat=2):
         thinks = torch.tensor(thinks)
-        targets = objective.Targets(*(torch.zeros(0),) * 2, thinks[None], torch.zeros(0))
+        targets = objective.Targets(*(torch.zeros(0),) * 2, thinks[None], *(torch.zeros(0),) * 4)
         loss = objective.gate_loss(g[None], gain[None, :, None].expand(1, 2, 4), targets, cost, COUNTS)
         total = total + torch.where(thinks, g, 1 - g).prod().detach() * loss
     got = torch.autograd.grad(total, score, retain_graph=True)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from quietstar.config import option
 from quietstar.hf.modules import dropout_off
 from quietstar.model import QuietStar
-from quietstar.objective import IGNORED, LEAK, following, leaks
+from quietstar.objective import IGNORED, LEAK, following, leaks, sampled
 from quietstar.run.batches import Batch
 from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import check, check_at_least, check_types
@@ -72,7 +72,7 @@ def best(
     if wanted.max_length is not None:
         left_out[f"longer than {wanted.max_length} tokens"] = lengths > wanted.max_length
     if not wanted.leaks:
-        left_out["leaks"] = leaks(thoughts.thought_ids, lengths, tokens)
+        left_out["leaks"] = leaks(thoughts.thought_ids, sampled(lengths, thoughts.thought_ids.shape[-1]), tokens)
     left_out[f"gain below {wanted.min_gain:g}"] = ~(gain >= wanted.min_gain)
     for reason, wrong in left_out.items():
         counts[reason] = int((passed & wrong).sum())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar import checks, objective
+from quietstar import checks
 from quietstar.evaluation.intervals import mean_interval
 from quietstar.evaluation.scoring import LOGITS, ROWS
 from quietstar.explanation.page import render
@@ -23,7 +23,7 @@ from quietstar.explanation.tokens import SAME, Alternative, ExplainedThought, Ex
 from quietstar.files.writing import write_whole
 from quietstar.hf.modules import check_whole, dropout_off, not_finite, unwrapped
 from quietstar.model import QuietStar
-from quietstar.objective import following, leaks
+from quietstar.objective import leaks, sampled
 from quietstar.thinking.forward import PackedInputs, Thinker
 from quietstar.thinking.rollout import Thoughts
 from quietstar_kernels.checks import file_path, flag, instance, unicode
@@ -169,9 +169,10 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Tho
     N = thinker.config.thoughts
     thinker = replace(thinker, config=replace(thinker.config, thoughts=2 * N))
     layout = thinker.layout(input_ids, anchors=anchors[None], thought_lengths=thoughts.thought_lengths)
-    targets = objective.make_targets(input_ids, layout, lookahead=1)
-    inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, targets)
-    text, ahead, logprob = thinker.packed_states(*inputs[:4])
+    tables = thinker.tables(layout, input_ids, input_ids)
+    inputs = PackedInputs(layout, input_ids, thoughts.thought_ids, thoughts.thought_lengths, tables)
+    on = sampled(thoughts.lengths, thoughts.thought_ids.shape[-1])
+    text, ahead, logprob = thinker.packed_states(*inputs[:4], tables.rows)
     predicted = thinker.predict(inputs, text, ahead, logprob)
 
     h_base, h_thought = text[0, anchors], ahead[0, :, :N, 0]  # [P,D], [P,N,D]
@@ -185,7 +186,7 @@ def _predict(thinker: Thinker, input_ids: Tensor, anchors: Tensor, thoughts: Tho
         "weight": predicted.weight[0, :, :N, 0],
         "thought_ids": thoughts.thought_ids[0, :, :N],
         "length": thoughts.lengths[0, :, :N],
-        "leaks": leaks(thoughts.thought_ids, thoughts.lengths, following(input_ids, layout))[0, :, :N],
+        "leaks": leaks(thoughts.thought_ids, on, tables.following)[0, :, :N],
         "base_top": base_top,
         "base_p": base_p,
         "mixed_top": mixed_top,

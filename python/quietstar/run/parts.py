@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import fields
 from functools import partial, reduce
 from operator import add
 
@@ -44,9 +43,9 @@ def prepare_parts(
             ]
             most = max(in_each_process(accelerator, max(part.layout.P for part in texts)))
             texts = [part.with_unused_anchors(most) for part in texts]
-        stops = qs.thought_config.stop_threshold is not None or qs.thought_config.written
-        if not stops and not gather:
-            counts = [qs.count_targets(part) for part in texts]
+        stops = qs.thought_config.stops
+        if not stops:
+            texts = [qs.with_tables(part) for part in texts]
         texts = [part.map(partial(moved, device=accelerator.device)) for part in texts]
         if stops or gather:  # if they stop, only sampling shows how many tokens there are to count
             with gathered(qs) if gather else nullcontext():
@@ -54,9 +53,9 @@ def prepare_parts(
                     if part.thought_ids is None:
                         thoughts = qs.think(part, seed=seed)
                         texts[i] = part.with_thoughts(qs.thought_config, thoughts.thought_ids, thoughts.thought_lengths)
-            counts = [qs.count_targets(part) for part in texts]
-    total = reduce(add, counts)
-    return texts, Counts(*(accelerator.reduce(moved(getattr(total, x.name), accelerator.device)) for x in fields(total)))
+            texts = [qs.with_tables(part) for part in texts]
+    total = reduce(add, (part.tables.counts for part in texts if part.tables is not None))
+    return texts, Counts(accelerator.reduce(total.values))
 
 
 def same_length(accelerator: Accelerator, parts: list[Batch], least: int) -> list[Batch]:

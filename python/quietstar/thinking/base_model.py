@@ -17,7 +17,8 @@ from quietstar.hf import adapters
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import dropout_off, embeddings
-from quietstar.objective import IGNORED, Targets, at_anchors, sampled
+from quietstar.objective import IGNORED, at_places, sampled
+from quietstar.texts import Tables
 from quietstar_kernels import ThoughtLayout
 
 
@@ -46,10 +47,10 @@ def follow(twin: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 @torch.no_grad()
-def target_nll(model: PreTrainedModel, head: LMHead, input_ids: Tensor, layout: ThoughtLayout, targets: Targets) -> Tensor:
+def target_nll(model: PreTrainedModel, head: LMHead, input_ids: Tensor, layout: ThoughtLayout, tables: Tables) -> Tensor:
     """[B,P,J], -log p of the text tokens after each anchor, nats; 0 where the target does not count."""
     text, _ = _hidden_states(model, input_ids, layout.text_only())
-    return at_anchors(-head.of(model).logprob(text[:, :-1], targets.base), layout, targets.mix.shape[-1])
+    return at_places(-head.of(model).logprob(text[:, :-1], tables.targets.base), tables.scored)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def predict_in_chunks(thinker: Thinker, inputs: PackedInputs, size: int) -> Pred
     text_pass.done = True
     if torch.is_grad_enabled() and not text_pass.with_gradients:
         raise ValueError("anchor_chunk needs gradient checkpointing with use_reentrant=False, got use_reentrant=True")
-    nll_base = -thinker.lm_head.logprob(text[:, :-1], inputs.targets.base)
+    nll_base = -thinker.lm_head.logprob(text[:, :-1], inputs.tables.targets.base)
     parts = [
         checkpoint(_predict_chunk, thinker, inputs.select(places), text, text_pass.rows, use_reentrant=False)
         for places in inputs.layout.chunks(size)
@@ -49,14 +49,16 @@ def _predict_chunk(
     thinker: Thinker, inputs: PackedInputs, text: Tensor, text_rows: list[tuple[Tensor, ...]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll_compared, nll_mix, weight and logprob of one chunk, given the text."""
-    layout, rows, targets = inputs.layout, thinker.rows(*inputs[:4]), inputs.targets.mix
+    layout, tables, targets = inputs.layout, inputs.tables, inputs.tables.targets.mix
+    rows = thinker.rows(*inputs[:4], tables.rows)
     with layer_checkpoints_off(thinker.model):
         positions = rows.layout.position_ids()[:, layout.L :]
         hidden = decode_rows(thinker.model, rows.embeds, positions, ChunkPass(rows.layout, text_rows))
-    h_base, ahead = thinker.base_states(layout, text), rows.ahead(hidden)
+    h_base, (ahead, before) = text[tables.text, tables.places], rows.split(hidden)
     mixture = thinker.mix(h_base[:, :, None], ahead)
-    compared, nll_mix = thinker.mixed_nll(mixture, targets, h_base.detach(), targets[:, :, 0])
-    return compared.detach(), nll_mix, mixture.weight, rows.logprob(hidden)
+    predicted = torch.cat([targets[:, :, 0].flatten(), targets.flatten()])
+    compared, nll_mix = thinker.mixed_nll(mixture, h_base.detach(), predicted)
+    return compared.detach(), nll_mix, mixture.weight, rows.logprob(before)
 
 
 # Share of the free memory that "auto" plans with: temporary gradients, fragments and other programs take the rest.

@@ -15,8 +15,8 @@ from quietstar.config import ThoughtConfig
 from quietstar.hf.decoder import PackedPass, decode_rows
 from quietstar.hf.lm_head import LMHead
 from quietstar.hf.modules import embeddings, is_sharded
-from quietstar.objective import IGNORED, Targets, at_anchors, sampled
-from quietstar.texts import check_texts, with_lengths
+from quietstar.objective import IGNORED, at_places, places_ahead, sampled
+from quietstar.texts import RowTable, Tables, check_texts, with_lengths
 from quietstar.thinking.text_thoughts import Marks, WrittenRows
 from quietstar_kernels import ThoughtLayout
 from quietstar_kernels.reference import wide
@@ -31,10 +31,10 @@ class MixingHead(nn.Sequential):
         hidden = nn.Linear(2 * width, width, device=device), nn.ReLU(), nn.Linear(width, width, device=device), nn.ReLU()
         super().__init__(*hidden, last)
 
-    def score(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
-        """fp32 (fp64 from fp64) [...,1] from two states [...,D], in the head's own dtype whatever autocast says."""
-        with torch.autocast(h_base.device.type, enabled=False):
-            return wide(self(torch.cat([h_base, h_thought], -1).to(next(self.parameters()).dtype)))
+    def score(self, both: Tensor) -> Tensor:
+        """fp32 (fp64 from fp64) [...,1] from two states [...,2D], in the head's own dtype whatever autocast says."""
+        with torch.autocast(both.device.type, enabled=False):
+            return wide(self(both.to(next(self.parameters()).dtype)))
 
 
 class PackedInputs(NamedTuple):
@@ -44,7 +44,7 @@ class PackedInputs(NamedTuple):
     input_ids: Tensor  # int64 [B,L]
     thought_ids: Tensor  # int64 [B,P,N,T]
     thought_lengths: Tensor | None  # int64 [B,P,N]; None where all thoughts have T tokens
-    targets: Targets
+    tables: Tables
 
     def select(self, places: slice) -> PackedInputs:
         """Those of some of the anchors."""
@@ -53,14 +53,13 @@ class PackedInputs(NamedTuple):
             self.input_ids,
             self.thought_ids[:, places],
             None if self.thought_lengths is None else self.thought_lengths[:, places],
-            self.targets.select(places),
+            self.tables.select(places),
         )
 
     def without(self, left_out: Tensor) -> PackedInputs:
         """The same anchors; those of ``left_out`` bool [B,P] have no thoughts and predict nothing."""
         layout = replace(self.layout, length=self.layout.length.masked_fill(left_out[..., None], 0))
-        mix = self.targets.mix.masked_fill(left_out[..., None, None], IGNORED)
-        return self._replace(layout=layout, targets=replace(self.targets, mix=mix))
+        return self._replace(layout=layout, tables=self.tables.without(left_out))
 
 
 class Predictions(NamedTuple):
@@ -74,15 +73,20 @@ class Predictions(NamedTuple):
     logprob: Tensor  # [B,P,N,T], of the sampled tokens at the policy temperature; 0 past the end of a thought
 
 
+def _times(coefficient: Tensor | None, x: Tensor) -> Tensor:
+    return x if coefficient is None else coefficient * x
+
+
 class Mixture(NamedTuple):
     """log p_mix = sum over the terms of coefficient * log p(state).
 
     Attributes:
-        terms: (coefficient [...,1], state fp32 [...,D]); one where logits mix, since the output layer is linear.
+        terms: (coefficient [...,1], state fp32 [...,D]); one where logits mix, since the output layer is linear, whose
+            coefficient is 1, written as None.
         weight: fp32 [...], mixing weight on the thought.
     """
 
-    terms: list[tuple[Tensor, Tensor]]
+    terms: list[tuple[Tensor | None, Tensor]]
     weight: Tensor
 
 
@@ -126,6 +130,10 @@ class Thinker:
     def _vector(self, parameter: Tensor) -> Tensor:
         return (self.config.embedding_scale * parameter).to(embeddings(self.model).weight.dtype)
 
+    def tables(self, layout: ThoughtLayout, input_ids: Tensor, labels: Tensor) -> Tables:
+        """What ``predict`` reads of a text and a layout."""
+        return Tables.of(layout, input_ids, labels, self.config, checks.pad_id(self.model.config))
+
     @property
     def most_rows(self) -> int:
         """Rows of the longest thought: vectors take a row each, strings as many as they have tokens."""
@@ -148,17 +156,14 @@ class Thinker:
         layout = check_texts(given, self.model, self.config, self.most_rows).layout
         return with_lengths(layout, thought_lengths, self.config.lookahead)
 
-    def thought_rows(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> Tensor:
+    def thought_rows(self, table: RowTable, thought_ids: Tensor) -> Tensor:
         """Embeddings [B,R,D] of start, sampled tokens, end and the text that follows, whatever the lengths."""
-        pad, T = checks.pad_id(self.model.config), self.config.thought_tokens
-        tokens = layout.token_ids(input_ids, thought_ids, pad, pad, pad)[:, layout.L :]
-        tokens = tokens.unflatten(1, (layout.P, layout.N, layout.S))
-        end = (layout.length.long() - self.config.lookahead).clamp(min=1)[..., None]  # [B,P,N,1]
-        s = torch.arange(layout.S, device=tokens.device)
-        # A shorter thought leaves out its last sampled tokens.
-        tokens = tokens.gather(3, torch.where(s < end, s, s + T + 1 - end).clamp(max=layout.S - 1))
-        embeds = torch.where((s == end)[..., None], self.end, embeddings(self.model)(tokens))
-        return torch.where((s == 0)[:, None], self.start, embeds).flatten(1, 3)
+        text = table.text.expand(-1, -1, thought_ids.shape[2], -1)
+        tokens = torch.cat([text[..., :1], thought_ids, text], 3)
+        tokens = tokens if table.place is None else tokens.gather(3, table.place)
+        start, end = self._vector(torch.stack([self.start_embedding, self.end_embedding]))
+        embeds = torch.where(table.is_end, end, embeddings(self.model)(tokens))
+        return torch.where(table.is_start, start, embeds).flatten(1, 3)
 
     def states(self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor) -> tuple[Tensor, Tensor]:
         """One packed forward: last hidden states of the text [B,L,D] and of the thought rows [B,P,N,S,D].
@@ -167,26 +172,33 @@ class Thinker:
         """
         if self.marks is not None:
             raise ValueError(f"states: thoughts must stand between vectors, got thought_start={self.config.thought_start!r}")
-        return layout.split(self._packed_forward(layout, input_ids, self.thought_rows(layout, input_ids, thought_ids)))
+        rows = self.rows(layout, input_ids, thought_ids, None)
+        return layout.split(self._packed_forward(layout, input_ids, rows.embeds))
 
     def _packed_forward(self, layout: ThoughtLayout, input_ids: Tensor, rows: Tensor) -> Tensor:
         embeds = torch.cat([embeddings(self.model)(input_ids), rows], 1)
         return decode_rows(self.model, embeds, layout.position_ids(), PackedPass(layout))
 
     def rows(
-        self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None
+        self,
+        layout: ThoughtLayout,
+        input_ids: Tensor,
+        thought_ids: Tensor,
+        lengths: Tensor | None,
+        table: RowTable | None = None,
     ) -> GridRows | TextRows:
-        """The thought rows, in the layout's own order."""
+        """The thought rows, in the layout's own order; ``table`` is that of the layout, where it has been made."""
         if self.marks is None:
-            return GridRows(self, layout, self.thought_rows(layout, input_ids, thought_ids), thought_ids, lengths)
+            if table is None:
+                table = RowTable.of(layout, input_ids, self.config.lookahead, checks.pad_id(self.model.config))
+            return GridRows(self, layout, self.thought_rows(table, thought_ids), thought_ids, lengths)
         written = WrittenRows.of(layout, input_ids, thought_ids, self.marks, self.config.lookahead)
         return TextRows(self, written.layout, embeddings(self.model)(written.ids), written)
 
     def base_states(self, layout: ThoughtLayout, text: Tensor) -> Tensor:
         """Text states [B,P,J,D] at the positions that predict the targets of each anchor."""
-        steps = torch.arange(self.config.lookahead, device=text.device)
-        index = (layout.anchor.long()[:, :, None] + steps).clamp(0, layout.L - 1)  # [B,P,J]
-        return text[torch.arange(layout.B, device=text.device)[:, None, None], index]
+        places = places_ahead(layout, self.config.lookahead, layout.L)
+        return text[torch.arange(layout.B, device=text.device)[:, None, None], places]
 
     def end_states(self, thought: Tensor, thought_lengths: Tensor | None) -> Tensor:
         """States [B,P,N,J,D] of the end rows and those after them, from all rows [B,P,N,S,D]."""
@@ -210,28 +222,38 @@ class Thinker:
             h_base: [...,D], of the text; may have size 1 where ``h_thought`` has N.
             h_thought: [...,D], of thoughts.
         """
-        h_thought = wide(h_thought)
         if self.config.mixing == "none":
+            h_thought = wide(h_thought)
             weight = h_thought.new_ones(*h_thought.shape[:-1], 1)
-            return Mixture([(weight, h_thought)], weight[..., 0])
-        h_base = wide(h_base).expand_as(h_thought)
-        weight = self.mixing_head.score(h_base, h_thought)
+            return Mixture([(None, h_thought)], weight[..., 0])
+        both = wide(torch.cat([h_base.expand_as(h_thought), h_thought], -1))
+        weight = self.mixing_head.score(both).to(both.dtype)
+        h_base, h_thought = both.chunk(2, -1)
         if self.config.mixing == "logits":
-            return Mixture([(torch.ones_like(weight), (1 - weight) * h_base + weight * h_thought)], weight[..., 0])
+            return Mixture([(None, torch.lerp(h_base, h_thought, weight))], weight[..., 0])
         weight = torch.sigmoid(weight)
         return Mixture([(1 - weight, h_base), (weight, h_thought)], weight[..., 0])
 
-    def mixed_nll(self, mixture: Mixture, targets: Tensor, predicting: Tensor, base_targets: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p of ``base_targets`` [...] under the states ``predicting`` [...,D], and -log p_mix of ``targets`` [...]."""
+    def mixed_nll(self, mixture: Mixture, predicting: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p [...] under the states ``predicting`` [...,D], and -log p_mix of the mixture's [...].
+
+        Args:
+            targets: int64, those of both, one after another.
+        """
         (coefficient, state), *others = mixture.terms
+        shape, rows = state.shape[:-1], state.shape[:-1].numel()
         # One call for both: with a weight of 0 they must agree to the last bit, since policy_weight multiplies the difference.
-        hidden = torch.cat([wide(predicting).flatten(0, -2), state.flatten(0, -2)])
-        logprob = self.lm_head.logprob(hidden, torch.cat([base_targets.flatten(), targets.flatten()]))
-        base, mixed = logprob.split([base_targets.numel(), targets.numel()])
-        mixed = coefficient[..., 0] * mixed.view_as(targets)
+        dtype = self.lm_head.linear.weight.dtype
+        dtype = dtype if dtype == predicting.dtype else state.dtype  # the head would cast to its own
+        # Text by text, which takes no copy of those states of each that predict.
+        hidden = torch.cat([*predicting.flatten(1, -2).to(dtype), state.flatten(0, -2).to(dtype)])
+        nll = -self.lm_head.logprob(hidden, targets)
+        base, mixed = nll.split([len(targets) - rows, rows])
+        mixed = _times(coefficient, mixed.view(*shape, 1))
         for coefficient, state in others:
-            mixed = mixed + coefficient[..., 0] * self.lm_head.logprob(state, targets)
-        return -base.view_as(base_targets), -mixed
+            logprob = self.lm_head.logprob(state, targets[len(targets) - rows :].view(shape))
+            mixed = mixed - _times(coefficient, logprob[..., None])
+        return base.view(predicting.shape[:-1]), mixed.squeeze(-1)
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """fp32 log-probabilities [...,V] of the next token under states [...,D]."""
@@ -243,13 +265,19 @@ class Thinker:
 
     def mixed_logprobs(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """log p_mix [...,V] from states [...,D], as in the loss: where log-probabilities mix, they don't add up to 1."""
-        first, *others = [coefficient * self.logprobs(state) for coefficient, state in self.mix(h_base, h_thought).terms]
+        terms = self.mix(h_base, h_thought).terms
+        first, *others = [_times(coefficient, self.logprobs(state)) for coefficient, state in terms]
         return sum(others, first)
 
     def packed_states(
-        self, layout: ThoughtLayout, input_ids: Tensor, thought_ids: Tensor, lengths: Tensor | None
+        self,
+        layout: ThoughtLayout,
+        input_ids: Tensor,
+        thought_ids: Tensor,
+        lengths: Tensor | None,
+        table: RowTable | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One packed forward, whichever rows thoughts have.
+        """One packed forward, whichever rows thoughts have; ``table`` as in ``rows``.
 
         Returns last hidden states of the text [B,L,D], those that predict the text after each thought [B,P,N,J,D], and the
         log-probabilities of the sampled tokens [B,P,N,T].
@@ -263,17 +291,18 @@ class Thinker:
                 each.append(self.packed_states(own, input_ids[b], thought_ids[b], None))
             text, ahead, logprob = (torch.cat(parts) for parts in zip(*each, strict=True))
             return text, ahead, logprob
-        rows = self.rows(layout, input_ids, thought_ids, lengths)
+        rows = self.rows(layout, input_ids, thought_ids, lengths, table)
         hidden = self._packed_forward(rows.layout, input_ids, rows.embeds)
         text, thoughts = hidden.split([rows.layout.L, rows.layout.R], 1)
-        return text, rows.ahead(thoughts), rows.logprob(thoughts)
+        ahead, before = rows.split(thoughts)
+        return text, ahead, rows.logprob(before)
 
     def predict(self, inputs: PackedInputs, text: Tensor, ahead: Tensor, logprob: Tensor) -> Predictions:
         """What the objective needs, from the results of ``packed_states``."""
-        targets = inputs.targets
-        mixture = self.mix(self.base_states(inputs.layout, text)[:, :, None], ahead)
-        nll_base, nll_mix = self.mixed_nll(mixture, targets.mix, text[:, :-1], targets.base)
-        compared = at_anchors(nll_base, inputs.layout, self.config.lookahead)
+        tables = inputs.tables
+        mixture = self.mix(text[tables.text, tables.places][:, :, None], ahead)
+        nll_base, nll_mix = self.mixed_nll(mixture, text[:, :-1], tables.predicted)
+        compared = at_places(nll_base.detach(), tables.scored)
         return Predictions(text, nll_base, compared, nll_mix, mixture.weight, logprob)
 
 
@@ -287,16 +316,17 @@ class GridRows:
     thought_ids: Tensor
     lengths: Tensor | None
 
-    def ahead(self, hidden: Tensor) -> Tensor:
-        """States [B,P,N,J,D] that predict the text after the anchor, from those of the rows."""
-        return self.thinker.end_states(self._grid(hidden), self.lengths)
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """From the states of the rows those that predict the text after the anchor [B,P,N,J,D], and what ``logprob`` takes."""
+        T, S = self.thinker.config.thought_tokens, self.layout.S
+        thought = hidden.unflatten(1, (self.layout.P, self.layout.N, S))
+        # Not two slices, whose backwards would each fill the whole with zeros.
+        before, _, ahead = thought.split([T, 1, S - T - 1], 3)
+        return ahead if self.lengths is None else self.thinker.end_states(thought, self.lengths), before
 
-    def logprob(self, hidden: Tensor) -> Tensor:
+    def logprob(self, before: Tensor) -> Tensor:
         """[B,P,N,T], of the sampled tokens at the policy temperature."""
-        return self.thinker.thought_logprob(self._grid(hidden), self.thought_ids, self.lengths)
-
-    def _grid(self, hidden: Tensor) -> Tensor:
-        return hidden.unflatten(1, (self.layout.P, self.layout.N, self.layout.S))
+        return self.thinker.thought_logprob(before, self.thought_ids, self.lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,11 +338,11 @@ class TextRows:
     embeds: Tensor
     written: WrittenRows
 
-    def ahead(self, hidden: Tensor) -> Tensor:
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         ahead = self.written.ahead
         if not hidden.shape[1]:  # no thought at all; as part of the graph, though
-            return hidden.sum() + hidden.new_zeros((*ahead.shape, hidden.shape[-1]))
-        return hidden[self._text, ahead]
+            return hidden.sum() + hidden.new_zeros((*ahead.shape, hidden.shape[-1])), hidden
+        return hidden[self._text, ahead], hidden
 
     def logprob(self, hidden: Tensor) -> Tensor:
         written, on, temperature = self.written, self.written.on, self.thinker.config.policy_temperature

@@ -13,8 +13,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quietstar_kernels.checks import IGNORED
 
-# How many of the next tokens a prediction may cover.
-AHEAD = 32
 BOX = "\\boxed{"
 
 

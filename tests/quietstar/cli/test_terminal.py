@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from quietstar import QuietStar
+from quietstar import training
 from quietstar.checkpoints import places
 from quietstar.cli import errors, summary
 
@@ -99,7 +99,7 @@ def pressed(train, monkeypatch):
     """``pressed(*signals)``: the exit code of a run that gets them in its second step, what it shows, and what it saved."""
 
     def run(*signals):
-        calls, original = [], QuietStar.count_targets
+        calls, original = [], training.prepare_parts
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
 
         def interrupted(*arguments, **options):
@@ -109,7 +109,7 @@ def pressed(train, monkeypatch):
             return original(*arguments, **options)
 
         with monkeypatch.context() as patch, terminal(monkeypatch, 80) as screen:
-            patch.setattr(QuietStar, "count_targets", interrupted)
+            patch.setattr(training, "prepare_parts", interrupted)
             code, _, _ = train("--out=run", "--save-every=4")
         return code, " ".join(screen[0].split()), [path.name for path in places.every("run")]
 
