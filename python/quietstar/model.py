@@ -23,6 +23,7 @@ from quietstar.hf import adapters
 from quietstar.hf.architectures import check_model
 from quietstar.hf.attention import WRAPPED_NAME, hand_on_layout
 from quietstar.hf.ends import stopping_at_ends
+from quietstar.hf.fused_layers import fuse_layers
 from quietstar.hf.graphs import EAGER, Graphs
 from quietstar.hf.lm_head import LMHead, find_lm_head
 from quietstar.hf.modules import backbone, embeddings, initial_embedding, unmark_gguf, unwrapped
@@ -34,7 +35,7 @@ from quietstar.thinking.chunks import AnchorChunk, predict_in_chunks
 from quietstar.thinking.cohorts import sample_text_thoughts
 from quietstar.thinking.forward import MixingHead, PackedInputs, Predictions, QuietStarOutput, Thinker
 from quietstar.thinking.generate import Thinking, generate
-from quietstar.thinking.matches import AHEAD, matches
+from quietstar.thinking.matches import matches
 from quietstar.thinking.rollout import RolloutOptions, Thoughts, draw_seed, sample_vector_thoughts
 from quietstar.thinking.text_thoughts import Marks
 from quietstar_kernels import ThoughtLayout
@@ -66,7 +67,8 @@ class QuietStar(nn.Module):
         mixing_head: Sequential of Linear(2D,D), ReLU, Linear(D,D), ReLU, Linear(D,1); input [text state; thought state].
         start_embedding, end_embedding: Parameter [D]; the decoder sees ``config.embedding_scale`` times these.
         anchor_chunk: how many anchors of each text think at a time, to save memory; None is all, "auto" by free memory.
-        graphs: "auto" replays rollouts as CUDA graphs on a GPU, where they can be captured; False turns it off and frees them.
+        graphs: "auto" replays rollouts, and in ``train`` forward and backward, as CUDA graphs on a GPU, where they can be
+            captured; False turns it off and frees them.
         gate: where to think, for ``anchors="gate"``, else None.
         base_model: a copy of the language model, for a ``base_model`` that is ema, or frozen without adapters; else None.
         base: a fingerprint of the weights that the adapters belong to, None where there are no adapters.
@@ -98,6 +100,7 @@ class QuietStar(nn.Module):
                 warnings.warn(f"QuietStar: {sizes}, so the others fail: {cure}", stacklevel=2)
         model.set_attn_implementation(WRAPPED_NAME)
         hand_on_layout(model)
+        fuse_layers(model)
         if flag("verify", verify):
             verify_once(unwrapped(model))
         self._take(model)
@@ -256,11 +259,18 @@ class QuietStar(nn.Module):
         if isinstance(input_ids, Texts):
             return input_ids.check_unchanged(config, given)
         vocabulary = self.lm_head.linear.out_features
-        chooses = chooses and self.training and config.anchors != "all" and anchors is None
+        final, chooses = chooses, chooses and self.training and config.anchors != "all" and anchors is None
         texts = check_texts({"input_ids": input_ids} | given, self.model, config, self.thinker.most_rows, vocabulary, chooses)
         if chooses:
             texts = texts.with_anchors(self._chosen(texts, checks.check_seed(seed)))
-        return texts.with_thoughts(config, thought_ids, thought_lengths, old_logprob)
+        texts = texts.with_thoughts(config, thought_ids, thought_lengths, old_logprob)
+        return self.with_tables(texts) if final and not (thought_ids is None and config.stops) else texts
+
+    def with_tables(self, texts: Texts) -> Texts:
+        """With everything that a forward reads of a batch and no model changes: where anchors and lengths are known, and where
+        the texts are. On the CPU that spares a GPU some hundred launches in each forward.
+        """
+        return texts.with_tables(self.thought_config, checks.pad_id(self.config))
 
     def forward(
         self,
@@ -320,19 +330,18 @@ class QuietStar(nn.Module):
             raise ValueError(f"input_ids must hold at least {needed}, got L={texts.layout.L}")
 
         # 2. The thoughts, sampled unless they are given.
-        if texts.thought_ids is None:
-            thoughts = self.sample(texts, seed, greedy=not self.training).cut(texts.thought_lengths)
-            texts = texts.with_thoughts(config, thoughts.thought_ids, thoughts.thought_lengths, texts.old_logprob)
-        layout, thought_ids, thought_lengths = texts.layout, texts.thought_ids, texts.thought_lengths
-        assert thought_ids is not None
+        texts = self.with_tables(self.with_sampled(texts, seed))
+        layout, thought_ids, thought_lengths, tables = texts.layout, texts.thought_ids, texts.thought_lengths, texts.tables
+        assert thought_ids is not None and tables is not None
+        targets, on = tables.targets, tables.targets.on
 
         # 3. One packed pass, which predicts the text without and with each thought.
-        targets, next_labels = self._targets(texts), objective.following(texts.labels, layout, AHEAD)
-        drawn = thought_ids.clamp(min=0)  # -1 marks logits that were not finite: see the loss below
-        inputs = PackedInputs(layout, texts.input_ids, drawn, thought_lengths, targets)
+        drawn, broken = thought_ids.clamp(min=0), thought_ids < 0  # -1 marks logits that were not finite
+        broken = broken if thought_lengths is None else broken & on
+        inputs = PackedInputs(layout, texts.input_ids, drawn, thought_lengths, tables)
         if config.reward == "match":
             previous = texts.input_ids.gather(1, layout.anchor.long().clamp(min=0))
-            found = matches(drawn, targets.sampled, previous, next_labels, self.tokenizer) & targets.rewarded[..., None]
+            found = matches(drawn, targets.sampled, previous, tables.following, self.tokenizer) & targets.rewarded[..., None]
             reward = found.to(torch.promote_types(embed.weight.dtype, torch.float32))
             # Known before the packed pass, which can leave out anchors whose thoughts all earn the same.
             if config.written and not config.mix_weight:
@@ -343,7 +352,7 @@ class QuietStar(nn.Module):
         nll_compared, base_logprob = predicted.nll_compared, None
         with self._compared_with() as model:
             if config.base_model != "current":
-                nll_compared = base_model.target_nll(model, self.lm_head, texts.input_ids, layout, targets)
+                nll_compared = base_model.target_nll(model, self.lm_head, texts.input_ids, layout, tables)
             if config.kl_weight:
                 base_logprob = base_model.thought_logprob(
                     model, self.lm_head, texts.input_ids, inputs.thought_ids, layout, config.banned, self.chunk_size(layout)
@@ -353,23 +362,21 @@ class QuietStar(nn.Module):
         if config.reward != "match":
             reward = objective.rewards(nll_compared, predicted.nll_mix, targets, config.reward, config.lookahead_discount)
         dead = objective.dead_groups(reward, targets)
-        advantage = objective.advantages(reward, targets, config.advantage).masked_fill(dead[..., None], 0)
+        advantage = objective.advantages(reward, dead, config.advantage)
 
         # 6. The loss: cross entropy, the policy's terms and a gate's.
-        counts = objective.count(targets) if counts is None else instance("counts", counts, objective.Counts)
+        counts = tables.divisors if counts is None else instance("counts", counts, objective.Counts).divisors()
         loss_ce = objective.cross_entropy(predicted.nll_base, predicted.nll_mix, counts, config.base_weight, config.mix_weight)
-        thinks = layout.live()[:, :, :, 0] & targets.rewarded[:, :, None]
-        on = objective.sampled(targets.sampled, config.thought_tokens) & thinks[..., None]
         clip = (config.ratio_clip, config.ratio_clip_high)
         policy_inputs = objective.Sampled(predicted.logprob, advantage, on, texts.old_logprob, base_logprob, clip)
         policy_loss = objective.policy_loss(policy_inputs, counts, config.policy_terms, config.token_mean)
-        loss = loss_ce + config.policy_weight * policy_loss
+        loss = torch.add(loss_ce, policy_loss, alpha=config.policy_weight)
         if self.gate is not None and self.training:
             loss = loss + objective.gate_loss(
                 self.gate.at_anchors(predicted.text, layout), reward, targets, config.gate_cost, counts
             )
         return QuietStarOutput(
-            loss=torch.where((on & (thought_ids < 0)).any(), torch.nan, loss),  # sampled from logits that are not finite
+            loss=loss.masked_fill(broken.any(), torch.nan),
             loss_ce=loss_ce,
             policy_loss=policy_loss,
             nll_base=predicted.nll_base,
@@ -379,11 +386,11 @@ class QuietStar(nn.Module):
             advantage=advantage,
             thought_ids=thought_ids,
             thought_lengths=thought_lengths,
-            logprob=torch.where(on, predicted.logprob.detach(), 0),
-            base_logprob=None if base_logprob is None else torch.where(on, base_logprob, 0),
+            logprob=predicted.logprob.detach() * on,
+            base_logprob=None if base_logprob is None else base_logprob * on,
             anchors=texts.anchors,
             dead=dead,
-            leaks=objective.leaks(thought_ids, targets.sampled, next_labels) & thinks,
+            leaks=objective.leaks(thought_ids, None if thought_lengths is None else on, tables.following),
         )
 
     def choose_anchors(
@@ -446,12 +453,23 @@ class QuietStar(nn.Module):
         how = RolloutOptions.of(self.thought_config, temperature)
         return sample_vector_thoughts(self.model, self.lm_head, thinker.start, texts, seed, how, size, run)
 
+    def with_sampled(self, texts: Texts, seed: int | None) -> Texts:
+        """The texts with the thoughts that ``forward`` samples at their anchors, unless they have some."""
+        if texts.thought_ids is not None:
+            return texts
+        thoughts = self.sample(texts, seed, greedy=not self.training).cut(texts.thought_lengths)
+        return texts.with_thoughts(self.thought_config, thoughts.thought_ids, thoughts.thought_lengths, texts.old_logprob)
+
+    def graphs_of_steps(self) -> Graphs | None:
+        """Graphs for forward and backward of training steps; None where ``graphs`` is False."""
+        return None if self._graphs is None else self._graphs.apart("steps")
+
     def predict(self, inputs: PackedInputs) -> Predictions:
         """The differentiable pass of ``forward``, in chunks of anchors if ``anchor_chunk`` is set."""
         thinker, size = self.thinker, self.chunk_size(inputs.layout)
         if size < inputs.layout.P:
             return predict_in_chunks(thinker, inputs, size)
-        return thinker.predict(inputs, *thinker.packed_states(*inputs[:4]))
+        return thinker.predict(inputs, *thinker.packed_states(*inputs[:4], inputs.tables.rows))
 
     def chunk_size(self, layout: ThoughtLayout) -> int:
         """How many anchors of each text of a layout think at a time, by ``anchor_chunk``."""
@@ -514,11 +532,9 @@ class QuietStar(nn.Module):
         to the loss of the whole batch. Arguments and errors are those of ``forward``.
         """
         given: dict[str, Any] = {"anchors": anchors, "document_ids": document_ids, "thought_lengths": thought_lengths}
-        return objective.count(self._targets(self.texts(input_ids, attention_mask, labels, chooses=False, **given)))
-
-    def _targets(self, texts: Texts) -> objective.Targets:
-        config = self.thought_config
-        return objective.make_targets(texts.labels, texts.layout, config.lookahead, all_known=config.mixing == "none")
+        tables = self.with_tables(self.texts(input_ids, attention_mask, labels, chooses=False, **given)).tables
+        assert tables is not None
+        return tables.counts
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
         """Recompute the decoder's layers in backward instead of keeping their activations; arguments as in transformers."""
@@ -537,7 +553,7 @@ class QuietStar(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile`` for the language model's decoder, in place; arguments as there.
 
-        One graph serves all steps of a rollout. The code around the decoder is not compiled.
+        One graph serves all steps of a rollout. The code around the decoder is not compiled. CUDA graphs are captured anew.
         """
         # Text, first rows, other rows and both at once; in training, evaluation and generation; at one length and at any.
         # Older versions of torch have a single limit.

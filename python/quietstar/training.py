@@ -36,6 +36,7 @@ from quietstar.run.optimizers import clear_gradients, load_optimizer, make_optim
 from quietstar.run.parts import prepare_parts
 from quietstar.run.resume import find_checkpoint
 from quietstar.run.sharding import gathered, shard, whole
+from quietstar.run.step_graphs import StepGraphs
 from quietstar.texts import Texts
 from quietstar.thinking.forward import QuietStarOutput
 from quietstar_kernels.checks import file_path, flag, function, instance
@@ -123,7 +124,7 @@ class Run:
         evaluate: Evaluate | None,
         resume: str | os.PathLike | None,
     ):
-        self.qs, self.config, self.data, self.loss = qs, config, data, loss
+        self.qs, self.config, self.data = qs, config, data
         self.evaluation = evaluate if config.eval_every else None
         # 1. The processes, and how they share the weights.
         trackers.check(config)
@@ -154,6 +155,12 @@ class Run:
         prepared: Any = accelerator.prepare_optimizer(optimizer) if strategy != "no" else accelerator.prepare(qs, optimizer)
         self.model: Any
         self.model, self.optimizer = (qs, prepared) if strategy != "no" else prepared
+        eager_because = None
+        if accelerator.num_processes > 1 or strategy != "no":
+            eager_because = "several processes share it"
+        elif loss is not thought_loss:
+            eager_because = "the loss is a function of yours"
+        self.graphs = StepGraphs(qs, self.model, accelerator, loss, eager_because)
         # 4. What is written.
         self.settings = {"train": config.__dict__.copy(), "thoughts": qs.thought_config.to_dict()}
         if config.tracker:
@@ -206,23 +213,21 @@ class Run:
         It waits for a GPU only where ``prepare_parts`` or ``reward="match"`` has to.
         """
         accelerator, model, optimizer, config = self.accelerator, self.model, self.optimizer, self.config
-        ranks, seed, rate = accelerator.num_processes, mix_seed(config.seed, step), config.rate(step)
+        seed, rate = mix_seed(config.seed, step), config.rate(step)
         torch.manual_seed(mix_seed(seed, accelerator.process_index))  # for dropout
         model.train()
         parts, counts = prepare_parts(accelerator, self.qs, self.parts(step), seed, config.rollout_weights == "gathered")
 
         total: dict[str, Tensor] = {}
         for update in range(config.updates):
-            optimizer.zero_grad()
+            self.graphs.zero_grad(optimizer)
             sums = []
             for i, part in enumerate(parts):
                 # DDP reduces gradients at the last part only. Sharded ones are reduced after each: otherwise each process would
                 # hold all of them.
                 sync_later = model is not self.qs and i + 1 < len(parts)
                 with accelerator.no_sync(model) if sync_later else nullcontext(), accelerator.autocast():
-                    value, out = self.loss(model, part, counts, seed)
-                    # DDP and FSDP average over ranks, but the loss is already divided by the counts of all.
-                    accelerator.backward(value * ranks)
+                    value, out = self.graphs(part, counts, seed)
                 if update == 0:  # later updates reuse these thoughts, so their figures would be of old ones
                     old = out.logprob if part.old_logprob is None else part.old_logprob  # of thoughts that were given
                     parts[i] = replace(part, thought_ids=out.thought_ids, thought_lengths=out.thought_lengths, old_logprob=old)

@@ -142,8 +142,6 @@ def off(model: nn.Module) -> Iterator[None]:
 
 def active_state(model: nn.Module) -> tuple:
     """What a forward through the adapters depends on besides weights: which are on, which are merged, and their scaling."""
-    if not there(model):
-        return ()
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     return tuple(
         (

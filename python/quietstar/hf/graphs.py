@@ -1,9 +1,10 @@
-"""CUDA graphs: the many small launches of a rollout, captured once per shape and then replayed as one.
+"""CUDA graphs: the many small launches of a rollout or of a training step, captured once per shape and then replayed as one.
 
 A body is a function of tensors that makes no decision on the host, such as all steps of a rollout. The first call with given
 shapes runs it eagerly, the second checks and captures it, and later calls copy their tensors into the graph's, replay it, and
 copy the results out. Weights are read in place, so a graph stays valid while they are trained. If a body can't be captured, the
-reason is logged once and the body runs eagerly: the same operations give the same numbers.
+reason is logged once and the body runs eagerly: the same operations give the same numbers. What ``torch.compile`` made of a
+model is captured like any other code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from quietstar.hf import adapters
+from quietstar.hf.modules import compiled_calls
 from quietstar_kernels import ThoughtLayout
 
 # Called with its inputs by name and ``whole``, which is True in a graph, where no step can be skipped depending on values.
@@ -34,7 +37,7 @@ Call = Callable[[], tuple[Tensor, ...]]  # of a body
 
 # How many shapes are remembered. A shape that recurs among this many is worth a graph.
 MOST = 16
-# The largest share of the device's memory that a graph may keep.
+# The largest share of the device's memory that the graph of a rollout may keep.
 SHARE = 1 / 8
 TORCH, KERNELS = Path(torch.__file__).parent, Path(inspect.getfile(ThoughtLayout)).parent
 # Packages whose hooks need not run in a replay.
@@ -64,6 +67,9 @@ EAGER = Runner()
 class CudaCapture:
     """``torch.cuda.graph``; tests have another one, for CPUs. All graphs of a device share one memory pool, because only one
     runs at a time.
+
+    A rollout's may keep ``SHARE`` of the device's memory. What a training step's keeps, its activations, an eager step needs
+    as well, but can't take from the pool: as much must be left free, for steps of other shapes.
     """
 
     def __init__(self) -> None:
@@ -77,8 +83,11 @@ class CudaCapture:
         backend = os.environ.get("QUIETSTAR_BACKEND", "auto")
         return f"QUIETSTAR_BACKEND is {backend}" if backend in ("reference", "cpu") else None
 
-    def __call__(self, body: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        """The tensors that hold the results after each replay, and the function that replays. Raises RuntimeError."""
+    def __call__(self, body: Call, device: torch.device, what: str) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        """The tensors that hold the results after each replay, and the function that replays. Raises RuntimeError.
+
+        ``what``: thoughts or steps.
+        """
         if device not in self._places:
             self._places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         pool, stream = self._places[device]
@@ -88,7 +97,8 @@ class CudaCapture:
             before = torch.cuda.memory_reserved(device)
             outputs = body()
         kept = torch.cuda.memory_reserved(device) - before
-        if kept > SHARE * torch.cuda.get_device_properties(device).total_memory:
+        free, total = torch.cuda.mem_get_info(device)
+        if kept > (free if what == "steps" else SHARE * total):
             raise RuntimeError(f"it would keep {kept / 2**30:.1f} GiB")
         return outputs, graph.replay
 
@@ -104,33 +114,42 @@ class _Graph:
 class Graphs:
     """At most ``MOST`` graphs of bodies that run one model. Threads take turns, and each stream waits for the previous one.
 
+    Args:
+        what: thoughts or steps, for the log and for how much memory they may keep.
+
     Attributes:
         why: why the last body couldn't run by a graph; None if it could.
         spare: an object that bodies work on, kept for as long as the graphs.
     """
 
-    def __init__(self, capture: CudaCapture | None = None):
-        self.capture = capture or CudaCapture()
+    def __init__(self, capture: CudaCapture | None = None, what: str = "thoughts"):
+        self.capture, self.what = capture or CudaCapture(), what
         self.why: str | None = None
         self._logged: set[str] = set()
         self._turn = threading.RLock()  # only one call at a time may use a graph's inputs and the pool
         self._stream: torch.cuda.Stream | None = None  # of the last call
+        self._weights: tuple[int, ...] = ()
+        self._calls: tuple[tuple[nn.Module, str, Call], ...] = ()  # of compiled modules
         self.clear()
 
     def __reduce__(self) -> tuple:
         return Graphs, ()  # a copy starts without graphs
 
-    def apart(self) -> Graphs:
+    def apart(self, what: str = "thoughts") -> Graphs:
         """A separate set, for bodies that work on tensors which may be freed before these graphs."""
-        others = Graphs(self.capture)
+        others = Graphs(self.capture, what)
         others._logged, others._turn = self._logged, self._turn
         return others
 
     def clear(self) -> None:
         # By key: a graph, None if it was met only once, or the reason why there can be no graph.
         self._met: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
-        self._weights: tuple[int, ...] = ()
         self.spare: Any = None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a graph."""
+        return any(isinstance(known, _Graph) for known in self._met.values())
 
     def take_spare(self) -> Any:
         """Return ``spare`` and forget it, so that only the caller has it."""
@@ -139,7 +158,7 @@ class Graphs:
         return spare
 
     def runner(self, model: nn.Module, device: torch.device, eager_because: str | None = None) -> Runner:
-        """A runner that is valid until the model's weights move or its adapters change."""
+        """A runner that is valid until the model's weights move, its adapters change or ``torch.compile`` is called on it."""
         if torch.compiler.is_compiling():
             return EAGER
         if reason := self.capture.why_not(device) or eager_because:
@@ -150,10 +169,11 @@ class Graphs:
             return EAGER
         self.why = None
         weights = tuple(x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers()))
+        calls = tuple((module, name, getattr(module, name)) for module, name in compiled_calls(model))
         with self._turn:
-            if weights != self._weights:
+            if (weights, calls) != (self._weights, self._calls):
                 self.clear()
-                self._weights = weights
+                self._weights, self._calls = weights, calls
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         state = (device, autocast, torch.is_inference_mode_enabled(), adapters.active_state(model), _settings(model))
         return Runner(self, state)
@@ -192,15 +212,22 @@ class Graphs:
         """The body's results, from a run that is checked and compiles every kernel, and a graph or the reason for none."""
         own = {name: x.clone() for name, x in inputs.items()}
         device = next(iter(own.values())).device
-        with HostWork(device) as host:
+        generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        with _unwatched(self._calls), HostWork(device) as host:
             outputs = body(**own, whole=True)
+        drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        if not torch.equal(generator, drawn) and host.found is None:
+            host.found = "it draws random numbers"
+        outputs = tuple(x.clone() for x in outputs)  # one may be an input, which the next call overwrites
         if host.found is not None:
             self._note_eager(host.found)
             return outputs, host.found
         # Autocast caches the weights it casts. The graph must cast them itself, and nothing else may use its copies.
         torch.clear_autocast_cache()
         try:
-            results, replay = self.capture(lambda: body(**own, whole=True), device)
+            # Nothing may compile while a graph is captured.
+            with torch.compiler.set_stance("fail_on_recompile") if self._calls else nullcontext():
+                results, replay = self.capture(lambda: body(**own, whole=True), device, self.what)
         except RuntimeError as error:
             reason = f"the capture failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
             self._note_eager(reason)
@@ -211,9 +238,10 @@ class Graphs:
 
     def _note_eager(self, reason: str, level: int = logging.WARNING) -> None:
         self.why = reason
-        if reason not in self._logged:
-            self._logged.add(reason)
-            logger.log(level, "thoughts run without CUDA graphs: %s", reason)
+        message = f"{self.what} run without CUDA graphs: {reason}"
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.log(level, message)
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -225,10 +253,11 @@ def why_not(model: nn.Module) -> str | None:
         return "the model's weights are sharded across processes"
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "there are global module hooks, which a replay would not call"
+    for module, name in compiled_calls(model):
+        if (getattr(module, name).get_compiler_config() or {}).get("triton.cudagraphs"):
+            return "torch.compile makes CUDA graphs of its own"
     for name, module in model.named_modules():
         where = f"{name or type(module).__name__}"
-        if getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules:
-            return f"{where} is compiled"
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves the weights of {where}"
         for hook in itertools.chain(module._forward_pre_hooks.values(), module._forward_hooks.values()):
@@ -252,7 +281,7 @@ def _settings(model: nn.Module) -> tuple:
 class HostWork(TorchDispatchMode):
     """Finds what a graph can't contain: values and shapes read on the host, copies to or from it, and random numbers.
 
-    It doesn't look inside custom operations, or at what ``quietstar_kernels`` does around its own.
+    It doesn't look inside custom operations and compiled code, or at what ``quietstar_kernels`` does around its own.
 
     Attributes:
         found: the first such operation and the line of code that made it; None if there was none.
@@ -268,8 +297,28 @@ class HostWork(TorchDispatchMode):
         if self.found is None and _is_host_work(func, args, out, self.device):
             file, line = _line_of_code()
             if KERNELS not in file.parents:  # the kernels read values only on CPUs
-                self.found = f"{func} in {file.name}, line {line}"
+                self.found = f"{func} in {file.name}" + (f", line {line}" if line else "")
         return out
+
+
+@contextmanager
+def _unwatched(calls: tuple[tuple[nn.Module, str, Call], ...]) -> Iterator[None]:
+    """Run compiled code outside of dispatch modes: called inside of one, Dynamo runs it eagerly and gives it up for good."""
+
+    def without_modes(call: Call) -> Call:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return call(*args, **kwargs)
+
+        return run
+
+    for module, name, call in calls:
+        setattr(module, name, without_modes(call))
+    try:
+        yield
+    finally:
+        for module, name, call in calls:
+            setattr(module, name, call)
 
 
 _VALUES_OR_SHAPES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -290,6 +339,7 @@ def _is_host_work(func: Any, args: tuple, out: Any, device: torch.device) -> boo
 
 
 def _line_of_code() -> tuple[Path, int | None]:
-    """File and line of the innermost frame outside PyTorch and this file."""
+    """File and line of the innermost frame outside PyTorch and this file; a GPU's backward has a thread without frames."""
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
-    return next((file, line) for file, line in reversed(frames) if file != Path(__file__) and TORCH not in file.parents)
+    ours = ((file, line) for file, line in reversed(frames) if file != Path(__file__) and TORCH not in file.parents)
+    return next(ours, (Path("the backward"), None))

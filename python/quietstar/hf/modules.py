@@ -45,6 +45,15 @@ def unmark_gguf(model: PreTrainedModel) -> None:
         vars(model).update(hf_quantizer=None, is_quantized=False)
 
 
+def compiled_calls(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules that ``torch.compile`` compiled, and the attribute that holds what it made."""
+    for module in model.modules():
+        if "_orig_mod" in module._modules:
+            yield module, "forward"
+        elif module._compiled_call_impl is not None:
+            yield module, "_compiled_call_impl"
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 divides weights over processes, which must then run the model equally often.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quietstar
-from tests.quietstar.hf.recorded_graph import eager, with_recorded_graphs
+from tests.quietstar.hf.recorded_graph import compile_recorded, eager, with_recorded_graphs
 
 
 @pytest.fixture
@@ -57,11 +57,15 @@ def test_generation_with_thoughts_that_stop(wrap):
 
 
 @pytest.mark.long
-def test_a_text_that_outgrows_its_memory(wrap, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_text_that_outgrows_its_memory(wrap, monkeypatch, compiled):
     """Its graphs are captured again."""
+    torch.compiler.reset()
     monkeypatch.setattr(quietstar.thinking.generate, "ROOM", 4)
     monkeypatch.setattr(quietstar.thinking.generate, "AHEAD", 0)
     qs = wrap()
+    if compiled:
+        compile_recorded(qs)
     ids = torch.randint(3, 59, (1, 7), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 23, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(qs.generate(ids, **options), eager(qs).generate(ids, **options))

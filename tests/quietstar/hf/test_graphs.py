@@ -2,17 +2,20 @@
 
 import dataclasses
 import logging
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from quietstar import QuietStar
 from quietstar.config import AdapterConfig
 from quietstar.hf import graphs
 from quietstar.hf.graphs import Graphs
-from tests.quietstar.hf.recorded_graph import RecordedGraphs, eager, storages, with_recorded_graphs
+from quietstar.hf.merged_weights import groups_of
+from tests.quietstar.hf.recorded_graph import RecordedGraphs, compile_recorded, eager, storages, with_recorded_graphs
 
 B, L, N, T = 2, 12, 2, 4
 END = 60
@@ -92,6 +95,84 @@ def test_autocast_casts_the_weights_again(wrap):
     assert qs._graphs.capture.replays == 2
 
 
+class Counting(RecordedGraphs):
+    """Counts what is compiled in captures."""
+
+    compiled = 0
+
+    def __call__(self, body, device, what):
+        before = counters["frames"]["total"]
+        made = super().__call__(body, device, what)
+        self.compiled += counters["frames"]["total"] - before
+        return made
+
+
+@pytest.fixture
+def forget_compiled():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled_rollouts(wrap, forget_compiled):
+    """A graph from before the compilation is dropped."""
+    qs = wrap()
+    qs._graphs = Graphs(Counting())
+    capture = qs._graphs.capture
+    for seed in range(3):
+        qs.think(**rollout(seed))
+    assert (len(capture.recordings), capture.replays) == (1, 1)
+    compile_recorded(qs)
+    for seed in range(4):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert (len(capture.recordings), capture.replays) == (2, 3)
+    assert counters["stats"]["unique_graphs"] == 3 and not capture.compiled and qs._graphs.why is None
+    assert not list(groups_of(qs.model)), "copies of weights that compiled code does not read"
+    kept = storages((list(qs.model.parameters()), list(qs.model.buffers())))
+    (graph,) = (x for x in qs._graphs._met.values() if x is not None)
+    assert capture.recordings[1].outside <= kept | storages(list(graph.inputs.values()))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_compiles_in_a_capture(wrap, caplog, forget_compiled, wrapped):
+    qs = wrap()
+
+    class Forgets(RecordedGraphs):
+        def __call__(self, body, device, what):
+            torch.compiler.reset()
+            return body(), lambda: None
+
+    qs._graphs = Graphs(Forgets())
+    if wrapped:
+        qs.model.model = torch.compile(qs.model.model, backend="eager")
+    else:
+        qs.compile(backend="eager")
+    for seed in range(3):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    (message,) = logged(caplog)
+    assert message.startswith("thoughts run without CUDA graphs: the capture failed: Detected recompile")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor compiles C++")
+def test_rollouts_through_inductor(wrap, forget_compiled):
+    """Its kernels can't be recorded: a replay runs the body again, which must compile nothing and leave the inputs alone."""
+
+    class Repeats(Counting):
+        def __call__(self, body, device, what):
+            before, outputs = counters["frames"]["total"], body()
+            self.compiled += counters["frames"]["total"] - before
+            return outputs, lambda: [x.copy_(y) for x, y in zip(outputs, body(), strict=True)]
+
+    qs = wrap()
+    qs._graphs = Graphs(Repeats())
+    qs.compile()
+    for seed in range(4):
+        assert_same(qs.think(**rollout(seed)), eager(qs).think(**rollout(seed)))
+    assert qs._graphs.why is None and not qs._graphs.capture.compiled
+
+
 def test_another_back_end_is_another_graph(wrap, monkeypatch):
     qs = wrap()
     for seed in range(3):
@@ -131,7 +212,18 @@ def sharded(qs):
 REASONS = {
     "sharded": (sharded, "the model's weights are sharded across processes"),
     "a hook": (hooked, "model.layers.0 has a hook, which a replay would not call"),
-    "compiled": (lambda qs: qs.compile(backend="eager"), "model is compiled"),
+    "graphs of its own": (
+        lambda qs: qs.compile(mode="reduce-overhead"),
+        "torch.compile makes CUDA graphs of its own",
+    ),
+    "of a wrapped decoder": (
+        lambda qs: setattr(qs.model, "model", torch.compile(qs.model.model, mode="max-autotune")),
+        "torch.compile makes CUDA graphs of its own",
+    ),
+    "a layer's own": (
+        lambda qs: qs.model.model.layers[0].compile(options={"triton.cudagraphs": True}),
+        "torch.compile makes CUDA graphs of its own",
+    ),
     "offloaded": (offloaded, "accelerate moves the weights of LlamaForCausalLM"),
     "two devices": (lambda qs: qs.model.lm_head.to("meta"), "the model is on 2 devices"),
     "a global hook": (lambda qs: None, "there are global module hooks, which a replay would not call"),
@@ -173,7 +265,7 @@ def test_a_capture_that_fails(wrap, caplog, error, what):
     qs = wrap()
 
     class Fails(RecordedGraphs):
-        def __call__(self, body, device):
+        def __call__(self, body, device, what):
             body()
             raise error
 
@@ -188,8 +280,8 @@ def test_threads_take_turns(wrap):
     """No call overwrites a graph's inputs while another call is replaying it."""
 
     class Slow(RecordedGraphs):
-        def __call__(self, body, device):
-            outputs, replay = super().__call__(body, device)
+        def __call__(self, body, device, what):
+            outputs, replay = super().__call__(body, device, what)
             return outputs, lambda: (time.sleep(0.1), replay())
 
     qs = wrap().eval()
