@@ -22,6 +22,7 @@ from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.candidate import PACKAGE, Candidate, not_installed
 from benchmarks.harness.case import Inputs, Work, judge
 from quietstar import QuietStar, ThoughtConfig, fast_linear
+from quietstar.hf.fused_layers import FusedLayer
 from quietstar_kernels.cpu import products
 
 SEED = 1
@@ -199,6 +200,13 @@ def with_liger(qs: QuietStar) -> None:
     vars(modeling_llama).update(before)  # which it changes for models to come
 
 
+def with_their_layers(qs: QuietStar) -> None:
+    """transformers' own layers instead of ours."""
+    for layer in qs.modules():
+        if isinstance(layer, FusedLayer):
+            layer.__class__ = layer.unfused
+
+
 def no_liger(case: StepCase) -> str | None:
     return not_installed("liger-kernel") or (None if case.device.type == "cuda" else "liger-kernel is for GPUs")
 
@@ -206,20 +214,21 @@ def no_liger(case: StepCase) -> str | None:
 OURS = Candidate("QuietStar", prepare(QuietStar), package=PACKAGE)
 LIGER = Candidate("QuietStar, Liger's layers", changed(with_liger), "liger-kernel", no_liger)
 COMPILED = Candidate("QuietStar, compiled", changed(lambda qs: qs.compile()), PACKAGE, compiles=True)
+UNFUSED = Candidate("QuietStar, transformers' layers", changed(with_their_layers), PACKAGE)
 LAUNCHED = Candidate("QuietStar without a graph", changed(lambda qs: setattr(qs, "graphs", False)), PACKAGE)
 FAST_LINEAR = Candidate("QuietStar, linear layers by oneDNN", changed(fast_linear), PACKAGE)
 PUBLISHED = Candidate("published schedule", prepare(PublishedSchedule), "transformers", no_checkpointing, kept_by_passes)
 
 
 def candidates(case: StepCase) -> list[Candidate]:
-    """Steps of a real model's shape are compared with ours in other ways, others with the published schedule. On a GPU our
-    rollouts replay CUDA graphs, so there they are also compared with ours without graphs; on a CPU whose MKL is slow, ours are
-    compared with ``fast_linear``."""
+    """Steps of a real model's shape are compared with ours in other ways, others with the published schedule; the headline and
+    rollouts on a GPU also with transformers' layers. On a GPU our rollouts replay CUDA graphs, so there they are also compared
+    with ours without graphs; on a CPU whose MKL is slow, ours are compared with ``fast_linear``."""
     if case.grid in (SMALLEST, FOUR_LAYERS, LARGEST):
-        return [LIGER, COMPILED] if case.grid == FOUR_LAYERS else [LIGER]
-    if case.device.type == "cpu" and case.grid == "headline" and products.library() != "pytorch":
-        return [PUBLISHED, FAST_LINEAR]
-    return [LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
+        return [UNFUSED, LIGER, COMPILED] if case.grid == FOUR_LAYERS else [UNFUSED, LIGER]
+    if case.device.type == "cpu" and case.grid == "headline":
+        return [PUBLISHED, UNFUSED] + [FAST_LINEAR] * (products.library() != "pytorch")
+    return [UNFUSED, LAUNCHED, PUBLISHED] if case.what == "rollout" and case.device.type == "cuda" else [PUBLISHED]
 
 
 def cases(device: torch.device, full: bool) -> Iterator[StepCase]:

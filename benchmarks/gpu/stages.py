@@ -17,6 +17,7 @@ ROOT, TESTS = Path(__file__).parents[2], "tests/kernels"
 TREES = f"{TESTS}/test_trees.py"
 WRAPPER = "tests/quietstar/test_triton.py"  # the wrapper on Triton, where graphs are really replayed
 OPS = ("thought_attention", "thought_decode", "sample_token", "linear_logprob")
+OF_A_LAYER = ("rms_norm", "rotary", "rotary_decode", "gated_activation")
 RECURRENT = ("thought_conv", "thought_delta")
 WITHOUT_A_GPU = ("ahead_of_time", "cuda_wheel", "cuda_build_switch")
 MINUTES = 11.0  # of all stages
@@ -35,7 +36,10 @@ STAGES = {
     "attention": (1.7, "our attention, by Triton and by Gluon, then alone; other tiles of both, and of dK, dV"),
     "profile": (1.1, "hardware counters of the attention kernels"),
     "peers": (1.5, "attention against the strongest other kernels"),
-    "step": (1.2, "training steps of an 8B and a 0.6B shape, with Liger's layers and compiled; the 20 largest kernels"),
+    "step": (
+        1.2,
+        "steps of an 8B and a 0.6B shape, with transformers' layers, with Liger's and compiled; the 20 largest kernels",
+    ),
     "rollout": (0.8, "rollouts with and without a CUDA graph; thoughts at all positions against one after another"),
     "models": (0.8, "group RL end to end, trees, RLP"),
     "head": (0.5, "log-probabilities with and without kept logits, decoding, host time, sampling"),
@@ -160,7 +164,7 @@ class Plan:
     def _check(self) -> list[Step]:
         """The tests of trees and ``check`` side by side; then, alone since it is timed, the device."""
         check = [*_module("quietstar_kernels"), "check", "--device", self.device]
-        check += ["--backend", "triton", "--op", "sample_token"] if self.rehearsal else ["--op", *OPS]
+        check += ["--backend", "triton", "--op", "sample_token"] if self.rehearsal else ["--op", *OPS, *OF_A_LAYER]
         device = [*_module("benchmarks.gpu.facts"), "--device", self.device, "--json", str(self.results)]
         device += ["--ceiling-size", "64"] if self.rehearsal else []
         trees = self._shares("trees ", [TREES], "triton and (path or packed)" if self.rehearsal else "not cpu")
@@ -221,7 +225,7 @@ class Plan:
 
     def _tests(self) -> list[Step]:
         """Those of the ops first, and none of the back ends for CPUs."""
-        first = [f"{TESTS}/test_{op}.py" for op in OPS]
+        first = [f"{TESTS}/test_{name}.py" for name in (*OPS, "decoder_layer")]
         if self.rehearsal:
             return [_step(self._shares("", [*first, WRAPPER], "triton and (edges or strided or large_and_equal)"))]
         rest = [file for file in _files() if file not in (*first, TREES)]
