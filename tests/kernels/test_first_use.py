@@ -57,8 +57,10 @@ def test_a_wrong_back_end_is_left_with_one_warning(change, says, tries, monkeypa
         with pytest.warns(UserWarning) as warned:
             results = [call("thought_decode") for _ in range(3)]
         assert all(torch.equal(result, call("thought_decode", "reference")) for result in results)
-        assert len(warned) == 1 and warned[0].filename.endswith("small_calls.py")
-        assert re.match(f"thought_decode: backend 'cpu' {WRONG}.*{says}", str(warned[0].message))
+        # Others may be there: files that earlier tests left open, closed by the garbage collector.
+        (ours,) = [warning for warning in warned if str(warning.message).startswith("thought_decode")]
+        assert ours.filename.endswith("small_calls.py")
+        assert re.match(f"thought_decode: backend 'cpu' {WRONG}.*{says}", str(ours.message))
     assert tries[0] == ("thought_decode", "cpu") and [name for _, name in tries].count("cpu") == 2
 
 
@@ -66,9 +68,9 @@ def test_the_last_back_end_that_is_wrong_leaves_the_reference(tries, monkeypatch
     monkeypatch.setitem(_dispatch.FASTEST_FIRST, "cpu", ("cpu",))
     _dispatch._warn_dense.cache_clear()
     plant(monkeypatch, "thought_decode", lambda out: 2 * out)
-    with pytest.warns(UserWarning) as warned:
+    dense = r"no fast back end .* \(cpu: it is wrong on Test GPU: .*runs 'reference'"
+    with pytest.warns(UserWarning, match=WRONG), pytest.warns(UserWarning, match=dense):
         result = call("thought_decode")
-    assert re.search(r"no fast back end .* \(cpu: it is wrong on Test GPU: .*runs 'reference'", str(warned[1].message))
     assert torch.equal(result, call("thought_decode", "reference"))
 
 
