@@ -61,9 +61,8 @@ def test_thoughts_in_parallel_are_thoughts_one_after_another(smollm2):
             expected = sequential_logits(model, layout, packed)
         qs = QuietStar(model, ThoughtConfig(**CONFIG)).eval()
         for logits, part in ((packed_logits(qs, packed, layout), 0), (stepwise_logits(qs, packed, layout), layout.L)):
-            torch.testing.assert_close(
-                logits, expected[:, part:], rtol=0, atol=2e-5
-            )  # what is fp32 whatever the weights: rotary embeddings
+            # Rotary embeddings are fp32 whatever the weights.
+            torch.testing.assert_close(logits, expected[:, part:], rtol=0, atol=2e-5)
 
 
 def test_bf16_is_as_close_as_the_plain_model_in_bf16(smollm2, text):

@@ -38,8 +38,8 @@ def test_a_normal_run():
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert ("PyTorch finds no GPU here" in done.stdout) == (not torch.cuda.is_available())
     dtypes = ("float32", "float16", "bfloat16")
-    pairs = [(op, backend) for op in _dispatch.OPS for backend in ("reference", "cpu")]
-    pairs = [pair for pair in pairs if pair[1] == "reference" or pair[0] not in _dispatch.OF_A_LAYER or not _library.missing()]
+    served = [op for op in _dispatch.OPS if op not in _dispatch.OF_A_LAYER or not _library.missing()]
+    pairs = [(op, "reference") for op in _dispatch.OPS] + [(op, "cpu") for op in served]
     pairs += [("thought_conv", "pytorch"), ("thought_delta", "matmul"), ("thought_delta", "reference")]
     assert {*rows(done.stdout)} == {(*pair, dtype) for pair in pairs for dtype in dtypes}
     assert all(result == "ok" and 0 <= float(worst) <= 1 for _, worst, result in rows(done.stdout).values())
