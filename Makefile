@@ -122,8 +122,9 @@ bench: $(READY)  ## benchmarks of this machine against what people use without t
 experiments: $(READY)  ## the recipes against their controls, a seed in about 45 minutes of two cores; SEEDS=5, FRESH=1, DOCS=docs for docs/results.md
 	$(BIN)/python experiments/run_experiments.py $(if $(FRESH),--fresh) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DOCS),--docs $(DOCS))
 
-pretrained: $(READY)  ## SmolLM2-135M thinks before it answers, with controls; 3 seeds of an hour or more; SIZE=quick to see it run, SEEDS=1
-	$(BIN)/python experiments/pretrained.py $(if $(SIZE),--size $(SIZE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DOCS),--docs $(DOCS))
+pretrained: $(READY)  ## SmolLM2-135M thinks before it answers, with rivals; SIZE=quick to see it run; PARTS=steps SEEDS=100, GSM8K=folder
+	$(BIN)/python experiments/pretrained.py $(if $(SIZE),--size $(SIZE)) $(if $(PARTS),--parts $(PARTS)) \
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(GSM8K),--gsm8k $(GSM8K)) $(if $(DOCS),--docs $(DOCS))
 
 experiments-full: $(READY)  ## ablations and longer runs, one seed; two hours of two cores
 	$(BIN)/python experiments/run_experiments.py --full --docs docs

@@ -1,132 +1,174 @@
-"""What pretrained.py measures of a model that thinks: its answers without a thought, with its own and with control thoughts."""
+"""What pretrained.py measures: the answers that a model writes, with thoughts or behind an aside; what thoughts are worth."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
-from statistics import fmean
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from natural_text import held_out_losses, with_each_thought
-from pretrained_problems import Problem, line
+from natural_text import with_each_thought
+from pretrained_problems import Problem, ids, line
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from quietstar import QuietStar
 from quietstar.evaluation.scoring import one_thought
 from quietstar.run.batches import Example, batches_of
 
-CHAIN = re.compile(r"\d+[+-]\d+=\d+, \d+[+-]\d+=\d+\)")  # a chain that is written out, right or wrong
 EVAL_BATCH = 32
-NEW_TOKENS = 24  # of a chain with its answer
+NEW_TOKENS = 28  # of a chain with its answer
+ANSWER_TOKENS = 5  # " 143."
 
 
-def answers(qs: QuietStar, tokenizer: Any, some: Sequence[Problem], thinks: bool) -> dict[str, Any]:
-    """By the thoughts before the answer, for each problem: -log p of the answer, nats, and whether each token is the likeliest.
+@dataclass(frozen=True)
+class Unless(LogitsProcessor):
+    """Tokens that hold a mark are not written until one of some others has been."""
 
-    Returns:
-        none, own, another, constant and random: nats and right; of own also weight [problems], and thoughts, as text. For a
-        model that doesn't think, none alone.
-    """
+    banned: list[int]
+    others: list[int]
+    length: int = 0  # of the prompt
+
+    @staticmethod
+    def of(tokenizer: Any, banned: str, others: Sequence[str]) -> Unless:
+        holding = [number for number in range(len(tokenizer)) if banned in tokenizer.decode([number])]
+        return Unless(holding, [number for other in others for number in ids(tokenizer, other)])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        free = torch.isin(input_ids[:, self.length :], torch.tensor(self.others)).any(1)
+        kept = torch.full_like(scores, 0.0).index_fill_(1, torch.tensor(self.banned), -torch.inf)
+        return torch.where(free[:, None], scores, scores + kept)
+
+
+@torch.no_grad()
+def thinking(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, list[str]]:
+    """What ``generate`` writes after each question, greedy, with a greedy thought before each token, and the first of these."""
+    found: dict[str, list[str]] = {"texts": [], "thoughts": []}
     qs.eval()
-    if not thinks:
-        nothing = torch.zeros(1, 1, qs.thought_config.thought_tokens, dtype=torch.long)
-        return {"none": predict(qs, [line(tokenizer, problem) | {"thought_ids": nothing} for problem in some])[0]}
-    ways = with_each_thought(qs, [line(tokenizer, problem) for problem in some], EVAL_BATCH)
-    found: dict[str, Any] = {}
-    for way, examples in ways.items():
-        without, mixed, weight = predict(qs, examples)
-        found[way] = mixed
-        if way == "own":
-            found |= {"none": without, "weight": weight}
-    found["thoughts"] = tokenizer.batch_decode([x["thought_ids"][0, 0] for x in ways["own"]])
+    for batch in _prompts(tokenizer, some):
+        thoughts: list[Tensor] = []
+        out = qs.generate(
+            **batch, max_new_tokens=NEW_TOKENS, do_sample=False, **_ends(tokenizer),
+            on_thoughts=lambda chosen, thoughts=thoughts: thoughts.append(chosen[:, 0]),
+        )  # fmt: skip
+        found["texts"] += _after(tokenizer, batch, out)
+        found["thoughts"] += tokenizer.batch_decode(thoughts[0])
     return found
 
 
 @torch.no_grad()
-def predict(qs: QuietStar, examples: Sequence[Example]) -> tuple[dict[str, list], dict[str, list], list[float]]:
-    """Of the answer: -log p and whether all tokens are the likeliest, without and with the thought; the mean weight of that."""
+def writing(
+    model: Any,
+    tokenizer: Any,
+    some: Sequence[Problem],
+    begin: str = "",
+    times: int = 1,
+    temperature: float = 1.0,
+    forced: Unless | None = None,
+) -> dict[str, list[str]]:
+    """What the model writes after each question and ``begin``, that included; greedy, or sampled so many times."""
+    texts: list[str] = []
+    how: dict[str, Any] = (
+        {"do_sample": True, "num_return_sequences": times, "top_k": 0, "temperature": temperature}
+        if times > 1
+        else {"do_sample": False}
+    )
+    torch.manual_seed(0)
+    model.eval()
+    for batch in _prompts(tokenizer, some, begin):
+        if forced is not None:
+            how["logits_processor"] = [replace(forced, length=batch["input_ids"].shape[1])]
+        out = model.generate(**batch, max_new_tokens=NEW_TOKENS, **_ends(tokenizer), **how)
+        texts += [begin + text for text in _after(tokenizer, batch, out)]
+    return {"texts": texts}
+
+
+def _ends(tokenizer: Any) -> dict[str, Any]:
+    """An answer ends with its full stop."""
+    return {"eos_token_id": [tokenizer.eos_token_id, *ids(tokenizer, ".")], "pad_token_id": tokenizer.pad_token_id}
+
+
+def _prompts(tokenizer: Any, some: Sequence[Problem], begin: str = "") -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(some), EVAL_BATCH):
+        # The tokens of a question and of what follows are apart, as in training.
+        rows = [ids(tokenizer, problem.asked) + ids(tokenizer, begin) for problem in some[start : start + EVAL_BATCH]]
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        yield {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _after(tokenizer: Any, batch: dict[str, Tensor], out: Tensor) -> list[str]:
+    texts: list[str] = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def without_aside(text: str) -> str:
+    return re.sub(r"^ \([^)]*\)", "", text)
+
+
+@torch.no_grad()
+def from_one_thought(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, list[str]]:
+    """As in training: one greedy thought at "A:" alone, and all of the answer predicted from it, up to the full stop."""
+    examples = [line(tokenizer, problem) for problem in some]
+    own = with_each_thought(qs.eval(), examples, EVAL_BATCH)["own"]
+    texts: list[str] = []
+    for start in range(0, len(some), EVAL_BATCH):
+        part = own[start : start + EVAL_BATCH]
+        written: list[list[int]] = [[] for _ in part]
+        for length in range(1, ANSWER_TOKENS + 1):
+            asked = [x["input_ids"][: int(x["anchors"]) + 1].tolist() for x in part]
+            # What follows an anchor is read by the rows of its thought, and its last row predicts one token more.
+            rows = [{**x, "input_ids": torch.tensor([*ids, *new, 0])} for x, ids, new in zip(part, asked, written, strict=True)]
+            for x, (_, mixed) in zip(written, states_of(qs, rows, length), strict=True):
+                x.append(int(mixed[-1].argmax()))
+        texts += [cut for text in tokenizer.batch_decode(written) for cut in [text[: text.find(".") + 1] or text]]
+    return {"texts": texts}
+
+
+def worth(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, list[float]]:
+    """By the thoughts before the answer, none, own, another, constant or random: -log p of the answer of each problem, nats."""
+    ways = with_each_thought(qs.eval(), [line(tokenizer, problem) for problem in some], EVAL_BATCH)
+    found: dict[str, list[float]] = {}
+    for way, examples in ways.items():
+        found["none"], found[way] = predict(qs, examples)
+    return found
+
+
+@torch.no_grad()
+def predict(qs: QuietStar, examples: Sequence[Example]) -> tuple[list[float], list[float]]:
+    """-log p of each answer without its thought and with it, nats."""
     J = qs.thought_config.lookahead
+    found = []
+    for start in range(0, len(examples), EVAL_BATCH):
+        part = examples[start : start + EVAL_BATCH]
+        for x, logprobs in zip(part, states_of(qs, part, J), strict=True):
+            anchor = int(x["anchors"])
+            # Without the space before the answer: where to put an aside is not what is asked.
+            targets = x["input_ids"][anchor + 2 : anchor + 1 + J, None]
+            found.append([-float(y[1:].gather(1, targets).sum()) for y in logprobs])
+    without, nats = zip(*found, strict=True)
+    return list(without), list(nats)
+
+
+def states_of(qs: QuietStar, examples: Sequence[Example], J: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each text the log-probabilities [J,V] of what follows its anchor, without its thought and with it."""
     thinker = qs.with_config(replace(one_thought(qs).thought_config, lookahead=J)).thinker
-    parts: list[tuple[Tensor, ...]] = []
-    for _, batch in batches_of(examples, EVAL_BATCH, qs.start_embedding.device):
-        ids, anchors, thoughts = batch["input_ids"], batch["anchors"], batch["thought_ids"]
-        layout = thinker.layout(ids, batch["attention_mask"], anchors)
-        text, thought = thinker.states(layout, ids, thoughts)
-        h_base, h_thought = thinker.base_states(layout, text)[:, 0], thinker.end_states(thought, None)[:, 0, 0]
-        # Without the space before the answer: where to put an aside is not what is asked.
-        h_base, h_thought = h_base[:, 1:], h_thought[:, 1:]
-        targets = ids.gather(1, anchors + torch.arange(2, J + 1, device=ids.device))
-        scored = [_score(p, targets) for p in (thinker.logprobs(h_base), thinker.mixed_logprobs(h_base, h_thought))]
-        parts.append((*scored[0], *scored[1], thinker.mix(h_base, h_thought).weight.mean(1)))
-    nats, right, mixed_nats, mixed_right, weight = (torch.cat(column).tolist() for column in zip(*parts, strict=True))
-    return {"nats": nats, "right": right}, {"nats": mixed_nats, "right": mixed_right}, weight
-
-
-def _score(logprobs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p [problems] of the targets [problems,J-1], and whether each of them is the likeliest token."""
-    nats = -logprobs.gather(2, targets[..., None])[..., 0].sum(1)
-    return nats, (logprobs.argmax(-1) == targets).all(1)
-
-
-def chains(thoughts: Sequence[str], some: Sequence[Problem]) -> dict[str, float]:
-    """The shares of thoughts that are a chain, right or wrong, and that are the right one."""
-    written = [bool(CHAIN.match(thought)) for thought in thoughts]
-    right = [thought.startswith(f"{problem.chain})") for thought, problem in zip(thoughts, some, strict=True)]
-    return {"written": sum(written) / len(some), "right": sum(right) / len(some)}
+    ((_, batch),) = batches_of(examples, len(examples), qs.start_embedding.device)
+    layout = thinker.layout(batch["input_ids"], batch["attention_mask"], batch["anchors"])
+    text, thought = thinker.states(layout, batch["input_ids"], batch["thought_ids"])
+    h_base, h_thought = thinker.base_states(layout, text)[:, 0], thinker.end_states(thought, None)[:, 0, 0]
+    return list(zip(thinker.logprobs(h_base), thinker.mixed_logprobs(h_base, h_thought), strict=True))
 
 
 @torch.no_grad()
 def sampled(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, Any]:
-    """What there is to reinforce: of the thoughts that are sampled in training, which are right chains and what each earns.
-
-    Returns:
-        right: the share of right chains; mixed: the share of problems with right chains and others among their N thoughts;
-        reward_right and reward_other: mean reward, nats; None where there is no such thought.
-    """
+    """What there is to reinforce: the N thoughts about each problem that are sampled in training, and their rewards."""
     qs.train()
-    chosen, earned = [], []
+    texts: list[str] = []
+    rewards: list[float] = []
     for _, batch in batches_of([line(tokenizer, problem) for problem in some], EVAL_BATCH, qs.start_embedding.device):
-        out = qs(batch["input_ids"], batch["attention_mask"], anchors=batch["anchors"], seed=len(chosen))
-        earned += out.reward[:, 0].tolist()
-        for ids in out.thought_ids[:, 0]:
-            chain = some[len(chosen)].chain
-            chosen.append([text.startswith(f"{chain})") for text in tokenizer.batch_decode(ids)])
+        out = qs(batch["input_ids"], batch["attention_mask"], anchors=batch["anchors"], seed=len(texts))
+        rewards += out.reward[:, 0].flatten().tolist()
+        texts += tokenizer.batch_decode(out.thought_ids[:, 0].flatten(0, 1))
     qs.eval()
-    pairs = [pair for row, values in zip(chosen, earned, strict=True) for pair in zip(row, values, strict=True)]
-    reward = {kind: [value for right, value in pairs if right == kind] for kind in (True, False)}
-    return {
-        "right": fmean(right for right, _ in pairs),
-        "mixed": fmean(len(set(row)) > 1 for row in chosen),
-        "reward_right": fmean(reward[True]) if reward[True] else None,
-        "reward_other": fmean(reward[False]) if reward[False] else None,
-    }
-
-
-@torch.no_grad()
-def of_free_text(qs: QuietStar, texts: Sequence[Example]) -> dict[str, list[float]]:
-    """The loss of each text at the places where the model would think, nats, by the thoughts there; see natural_text.py."""
-    anchors = [qs.choose_anchors(text["input_ids"][None])[0] for text in texts]
-    chosen = [{**text, "anchors": places} for text, places in zip(texts, anchors, strict=True)]
-    return held_out_losses(qs.with_config(replace(qs.thought_config, anchors="all")), chosen, True, EVAL_BATCH)
-
-
-@torch.no_grad()
-def written(model: Any, tokenizer: Any, some: Sequence[Problem]) -> dict[str, Any]:
-    """What the model writes after each question, greedy, perhaps a chain before the answer, and whether the answer is right."""
-    model.eval()
-    found: list[str] = []
-    for start in range(0, len(some), EVAL_BATCH):
-        asked = [problem.asked for problem in some[start : start + EVAL_BATCH]]
-        batch = tokenizer(asked, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        out = model.generate(
-            **batch.to(model.device), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        found += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return {"texts": found, "right": [answered(text, problem.answer) for text, problem in zip(found, some, strict=True)]}
-
-
-def answered(text: str, answer: int) -> bool:
-    """Whether a text is the answer, by itself or behind an aside in brackets."""
-    return re.sub(r"^ \([^)]*\)", "", text) == f" {answer}."
+    return {"thoughts": texts, "rewards": rewards}

@@ -1,215 +1,338 @@
-"""docs/pretrained.md from the results of pretrained.py: the claim, every arm and control, the rival, a picture and thoughts."""
+"""The tables of docs/pretrained.md from the results of pretrained.py, which are also kept in docs/pretrained.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import exp
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from digit_sums_report import rounded
 from experiments_report import markdown
-from pretrained_evaluation import chains
+from pretrained_evaluation import without_aside
 from pretrained_problems import Problem
+from pretrained_training import SETTINGS
 
 from benchmarks.report.committed import as_json, write_block
-from quietstar.evaluation.intervals import mean_interval, wilson
+from quietstar.evaluation.intervals import mean_interval
 from quietstar.files.pictures import can_draw, new_figure, save
 from quietstar.files.reading import read_json
 from quietstar.files.writing import write_whole
 
 PARTS = {"test": "new numbers", "new": "new stories"}
+TITLES = {"form": "Choosing between two asides that were practised", "steps": "Better steps"}
+OURS = "quiet-star", "answers"
+GATE = 0.05  # of sampled thoughts
+# What answers, by arm and measurement; all but those in BESIDES are rivals of the claim.
+ROWS = {
+    OURS: "**Quiet-STaR, thinking**",
+    ("head", "answers"): "the start, thinking, with a trained mixing head",
+    ("no-reward", "answers"): "the same without the reward, thinking",
+    ("offline", "answers"): "thoughts sampled once, the best trained on, thinking",
+    ("star", "answers"): "one round of STaR, writing an aside",
+    ("grpo", "answers"): "GRPO, writing an aside",
+    ("rlp", "answers"): "RLP, writing an aside",
+    ("chains", "answers"): "supervised chains, writing",
+    ("plain", "answers"): "plain training of all weights on four times the problems",
+    ("warm", "answers"): "the start, writing",
+    ("warm", "aside"): "the start, writing an aside",
+    ("warm", "forced"): "the same, kept from the aside that doesn't help",
+    ("warm", "vote"): "a vote of four of its asides",
+    ("quiet-star", "without"): "Quiet-STaR's model, not thinking",
+    ("quiet-star", "one_thought"): "Quiet-STaR, the answer from one thought, as in training",
+    ("no-reward", "one_thought"): "without the reward, the same",
+}
+# No rivals: other ways to read answers; and in "steps" gold chains of problems, which the others must find.
+BESIDES = {row for row in ROWS if row[1] == "one_thought"}
+GOLD = {"steps": {("chains", "answers")}}
 WAYS = {
     "none": "no thought",
-    "own": "own thoughts",
-    "another": "another problem's thoughts",
+    "another": "another problem's thought",
     "constant": "one constant thought",
     "random": "random tokens",
 }
-FREE = {"base": WAYS["none"], "another": "another text's thoughts", "constant": WAYS["constant"], "random": WAYS["random"]}
-HEAD = "mixing-head-alone"
-WAYS_TO_LEARN = {  # that the claim is made for
-    "quiet-star": "the published policy term",
-    "temperature-1-signed": "temperature 1 and signed advantages",
-}
-SUGGESTED = {"temperature-1-signed": "seeds 0 and 1 had suggested these changes, so that only later seeds are fresh"}
-EACH_CHANGE = {"temperature-1": "temperature 1 alone", "signed": "signed advantages alone"}
-NAMES = {
-    "warm": "the warm start",
-    **WAYS_TO_LEARN,
-    **EACH_CHANGE,
-    HEAD: "a mixing head alone",
-    "no-reinforce-rehearsal": "no REINFORCE, with rehearsal",
-    "plain-4-times-the-text": "plain training on four times the text",
-    "grpo-written-chains": "GRPO",
-}
-# The claim: own thoughts over each of these, an arm (or the same) and a way, above 0 in every seed on new numbers.
-CLAIM = {
-    "no thought": ("", "none"),
-    "another problem's thoughts": ("", "another"),
-    "one constant thought": ("", "constant"),
-    "the warm start's own thoughts, with a mixing head trained on them": (HEAD, "own"),
-}
-BESIDES = {
-    "random tokens": ("", "random"),
-    "no REINFORCE, with rehearsal": ("no-reinforce-rehearsal", "own"),
-    "plain training on four times the text": ("plain-4-times-the-text", "none"),
-}
-GATE = 0.85
-Results = dict[str, Any]  # of a seed: by arm, what pretrained.py measured
+CHAIN = re.compile(r"\d+[+-]\d+=\d+, \d+[+-]\d+=\d+\)")  # that is written out, right or wrong
+Arms = dict[str, dict[str, Any]]  # of a seed: by arm, what pretrained.py measured
 
 
-def collect(out: Path) -> tuple[list[Results], Results | None]:
-    """All results of the seeds in a folder, and those on free text."""
-    free = out / "free-text.json"
-    seeds = sorted(out.glob("seed-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    found = [{file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))} for seed in seeds]
-    return found, read_json(free, dict[str, Any]) if free.exists() else None
-
-
-def write(seeds: list[Results], free: Results | None, problems: dict[str, list[Problem]], folder: Path) -> tuple[Path, str]:
-    """Write pretrained.json and the generated part of pretrained.md; returns the page, and what it says of the claim."""
+def write(out: Path, problems: dict[str, list[Problem]], folder: Path) -> tuple[Path, str]:
+    """Add what is in ``out`` to pretrained.json of a folder, write the tables of pretrained.md there; the page and verdicts."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "pretrained.json", as_json(rounded({"seeds": seeds, "free_text": free})))
-    learned = [arm for arm in WAYS_TO_LEARN if all(arm in results for results in seeds)]
-    verdicts = [verdict(seeds, arm) for arm in learned]
-    blocks = [*(f"**{words}**" for words in verdicts), seedsmarkdown(seeds), *(claimmarkdown(seeds, arm) for arm in learned)]
-    blocks += [sampledmarkdown(seeds), writingmarkdown(seeds, problems)]
-    if learned and can_draw():
-        draw(seeds, learned, folder / "pretrained.png")
-        blocks.append("![Reward of each update, and the gain of own thoughts over each control](pretrained.png)")
-    blocks += [some_thoughts(seeds[0], learned, problems["test"]), *([free_text(free)] if free else []), cost(seeds)]
+    path = folder / "pretrained.json"
+    known = read_json(path, dict[str, Any]) if path.exists() else {}
+    asked = {name: {part: [asdict(x) for x in some] for part, some in parts.items()} for name, parts in problems.items()}
+    if known.get("problems", asked) != asked:
+        raise ValueError(f"{path}: has results for other problems: move it away")
+    results: dict[str, dict[str, Any]] = known.get("results", {})
+    for seed in sorted(out.glob("*/[0-9]*")):
+        found = {file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))}
+        arms = results.setdefault(seed.parent.name, {}).setdefault(seed.name, {})
+        arms.update(found)
+        if len({result.get("start") for result in arms.values()}) > 1:
+            raise ValueError(f"{path}: {seed.parent.name}, seed {seed.name}: arms of different starts: train them from one")
+    write_whole(path, as_json(rounded({"problems": asked, "results": results})))
+    blocks, verdicts = [], []
+    for name, title in TITLES.items():
+        if name in results:
+            found = Results(name, dict(sorted(results[name].items())), asked[name])
+            verdicts.append(found.verdict())
+            blocks += [f"### {title}", f"**{verdicts[-1]}**", *found.tables()]
+            if can_draw():
+                found.draw(folder / f"pretrained_{name}.png")
+                blocks.append(f"![Rewards and right answers, by update](pretrained_{name}.png)")
+    if "tuning" in results:
+        blocks += ["### Learning rates", tuned(results["tuning"], asked["form"]["valid"])]
+    if "sums" in results:
+        blocks += ["### The gate: sums alone", gate(results["sums"], asked["sums"]["valid"])]
+    if "gsm8k" in results:
+        found = gsm8k(results["gsm8k"]["0"])
+        verdicts.append(found[0])
+        blocks += ["### GSM8K", f"**{found[0]}**", *found[1:]]
     page = folder / "pretrained.md"
-    write_block(page, "pretrained", "\n\n".join(blocks))
+    write_block(page, "pretrained", "\n\n".join([*blocks, cost(results)]))
     return page, "\n".join(verdicts)
 
 
-def verdict(seeds: list[Results], ours: str) -> str:
-    """Whether the claim holds for an arm; each seed counts, and each control."""
-    rows = [row for seed, results in enumerate(seeds) for row in gains(results, ours, seed, CLAIM) if row[0] == "test"]
-    missed = [f"over {name} in seed {seed}" for _, name, seed, _, low, _ in rows if low is None or low <= 0]
-    said = f"With {WAYS_TO_LEARN[ours]} the claim"
-    if missed:
-        return f"{said} does not hold: own thoughts gain nothing that is certain {'; '.join(missed)}."
-    held = f"{said} holds in {len(seeds)} of {len(seeds)} seeds: own thoughts gain over each of its {len(CLAIM)} controls"
-    return f"{held}; {SUGGESTED[ours]}." if ours in SUGGESTED else f"{held}."
+class Results:
+    """Of a setting: by seed and arm, what was measured."""
 
+    def __init__(self, name: str, seeds: dict[str, Arms], problems: dict[str, list[dict[str, Any]]]):
+        self.seeds, self.problems = seeds, problems
+        self.rows = {row: words for row, words in ROWS.items() if any(self.has(row, arms) for arms in seeds.values())}
+        setting = SETTINGS[name]
+        wanted = [row for row in ROWS if row[0] in ("warm", *setting.arms) and (setting.forced or row[1] != "forced")]
+        self.rivals = [row for row in wanted if row not in {OURS, *BESIDES, *GOLD.get(name, ())}]
 
-def gains(results: Results, ours: str, seed: int, controls: dict[str, tuple[str, str]]) -> list[tuple]:
-    """(part, control, seed, mean, low, high): nats that own thoughts of an arm gain over each control, problem by problem."""
-    rows = []
-    for part in PARTS:
-        for name, (arm, way) in controls.items():
-            if not arm or arm in results:
-                own, theirs = (results[a]["answers"][part][w]["nats"] for a, w in ((ours, "own"), (arm or ours, way)))
-                differences = [y - x for x, y in zip(own, theirs, strict=True)]
-                rows.append((part, name, seed, *mean_interval(differences)))
-    return rows
+    def has(self, row: tuple[str, str], arms: Arms) -> bool:
+        return row[1] in arms.get(row[0], {})
 
+    def share(self, row: tuple[str, str], arms: Arms, part: str) -> float:
+        """Of right answers."""
+        return right_share(arms[row[0]][row[1]][part]["texts"], self.problems[part])
 
-def claimmarkdown(seeds: list[Results], ours: str) -> str:
-    """A line for each control and part, a column for each seed."""
-    rows = [row for seed, results in enumerate(seeds) for row in gains(results, ours, seed, CLAIM | BESIDES)]
-    lines = []
-    for part, words in PARTS.items():
-        for name in dict.fromkeys(row[1] for row in rows if part == "test" or row[1] in CLAIM):
-            found = [_interval(*row[3:]) for row in rows if row[:2] == (part, name)]
-            lines.append([f"{name}{'' if name in CLAIM else ' (not part of the claim)'}", words, *found])
-    head = [f"{WAYS_TO_LEARN[ours]}: own thoughts, over", "problems", *(f"seed {seed}" for seed in range(len(seeds)))]
-    return f"Gain in the log-probability of the answer, nats, with 95 % intervals over problems:\n\n{markdown(head, lines)}"
+    def gaps(self, row: tuple[str, str], part: str) -> list[float]:
+        """By seed that has both, by how much more answers of ours are right."""
+        both = [arms for arms in self.seeds.values() if self.has(row, arms) and self.has(OURS, arms)]
+        return [self.share(OURS, arms, part) - self.share(row, arms, part) for arms in both]
 
+    def verdict(self) -> str:
+        """The claim: on new numbers more answers are right than of each rival, in the mean over seeds and in each seed."""
+        having = {seed: arms for seed, arms in self.seeds.items() if self.has(OURS, arms)}
+        missing = [f"{ROWS[row]}, seed {x}" for row in self.rivals for x, arms in having.items() if not self.has(row, arms)]
+        compared = {row: self.gaps(row, "test") for row in self.rivals if any(self.has(row, arms) for arms in having.values())}
+        if not compared:
+            return "Nothing to compare yet."
+        bounds = {row: mean_interval(gaps) for row, gaps in compared.items()}
+        mean, low, high = bounds[best := min(bounds, key=lambda row: bounds[row][0])]
+        which = "is open"
+        if any(top is not None and top < 0 for _, _, top in bounds.values()):
+            which = "is refuted"
+        elif (
+            all(bottom is not None and bottom > 0 for _, bottom, _ in bounds.values()) and min(map(min, compared.values())) > 0
+        ):
+            which = "holds"
+        if missing:
+            which = f"is not tested yet, for lack of {'; '.join(missing[:3])}{' and others' if missing[3:] else ''}"
+        interval = "" if low is None else f" ({low:+.2f} to {high:+.2f})"
+        above = sum(min(gaps) > 0 for gaps in zip(*compared.values(), strict=False))
+        return (
+            f"The claim {which}. Quiet-STaR's right answers: {mean:+.2f}{interval} over those of the best rival, {ROWS[best]}; "
+            f"above every rival in {above} of {len(having)} seeds."
+        )
 
-def seedsmarkdown(seeds: list[Results]) -> str:
-    """Share of right answers to problems with new numbers, by seed: with own thoughts, after a written chain, or at once."""
-    lines = []
-    for arm, name in NAMES.items():
-        for way, words in (("none", "no thought"), ("own", "own thoughts"), ("written", "a written chain")):
-            row = [_right(results.get(arm, {}), way) for results in seeds]
-            if any(row):
-                lines.append([name, words, *row])
-    head = ["trained", "answers after", *(f"seed {seed}" for seed in range(len(seeds)))]
-    return f"Right answers to problems with new numbers:\n\n{markdown(head, lines)}"
+    def tables(self) -> Iterator[str]:
+        """Right answers, gains over rivals, chains, and what thoughts are worth."""
+        lines = []
+        for row, words in self.rows.items():
+            of_parts = ([self.share(row, x, part) if self.has(row, x) else None for x in self.seeds.values()] for part in PARTS)
+            lines.append([words, *(cell for shares in of_parts for cell in (*map(_number, shares), _mean(shares)))])
+        heads = [f"{words}, {column}" for words in PARTS.values() for column in (*(f"seed {x}" for x in self.seeds), "mean")]
+        yield f"Right answers:\n\n{markdown(['', *heads], lines)}"
 
-
-def _right(result: Results, way: str) -> str:
-    found = {**result.get("answers", {}).get("test", {}), "written": result.get("written", {}).get("test")}.get(way)
-    return f"{fmean(found['right']):.2f}" if found else ""
-
-
-def sampledmarkdown(seeds: list[Results]) -> str:
-    """What the policy term had to choose from, before and after."""
-    lines = []
-    for arm in NAMES:
-        found = [results[arm]["sampled"] for results in seeds if "sampled" in results.get(arm, {})]
-        if found:
-            values = [
-                [x[name] for x in found if x[name] is not None] for name in ("right", "mixed", "reward_right", "reward_other")
+        lines = []
+        for row in [row for row in self.rivals if row in self.rows]:
+            cells = [
+                (gaps, _mean(gaps, "+"), f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}")
+                for gaps in (self.gaps(row, x) for x in PARTS)
             ]
-            lines.append([_named(arm, seeds), *(_mean(column) if column else "" for column in values)])
-    head = ["trained", "right chains", "problems with right ones and others", "reward of right ones, nats", "of others"]
-    return f"Four thoughts for each problem with new numbers, sampled as in training:\n\n{markdown(head, lines)}"
+            lines.append([ROWS[row], *(cell for _, *shown in cells for cell in shown)])
+        heads = [f"{words}{column}" for words in PARTS.values() for column in ("", ", seeds above 0")]
+        yield f"Right answers of Quiet-STaR over each rival:\n\n{markdown(['', *heads], lines)}"
+
+        lines = []
+        for (arm, kind), words in self.rows.items():
+            found = [arms[arm][kind][part] for part in PARTS for arms in self.seeds.values() if kind in arms.get(arm, {})]
+            if any(CHAIN.search(text) for x in found for text in _asides(x)):
+                lines.append([words, *(cell for part in PARTS for cell in self._chains((arm, kind), part))])
+        heads = [f"{words}, {column}" for words in PARTS.values() for column in ("chains", "right, of chains")]
+        yield f"What is thought or written before the answer:\n\n{markdown(['', *heads], lines)}"
+
+        having = [arms["quiet-star"]["worth"] for arms in self.seeds.values() if "worth" in arms.get("quiet-star", {})]
+        if having:
+            lines = []
+            for way, words in WAYS.items():
+                gains = [[fmean(x[part][way]) - fmean(x[part]["own"]) for x in having] for part in PARTS]
+                lines.append([words, *(_mean(values, "+") for values in gains)])
+            yield (
+                f"Gain in the log-probability of the answer, nats, of Quiet-STaR's own thoughts over others in their place:\n\n"
+                f"{markdown(['', *PARTS.values()], lines)}"
+            )
+
+        lines = []
+        for arm, words in (("warm", "the start"), ("quiet-star", "Quiet-STaR")):
+            found = [
+                (arms[arm]["sampled"]["test"], self.problems["test"])
+                for arms in self.seeds.values()
+                if "sampled" in arms.get(arm, {})
+            ]
+            counted = [_sampled(x["thoughts"], some) for x, some in found]
+            if counted:
+                lines.append([words, *(_mean(column) for column in zip(*counted, strict=True))])
+        yield (
+            "Four thoughts for each problem with new numbers, sampled as in training:\n\n"
+            + markdown(["", "right chains", "problems with a right one", "with right ones and others"], lines)
+        )
+        yield self._examples()
+
+    def _chains(self, row: tuple[str, str], part: str) -> list[str]:
+        """The shares of asides that are chains, and of these that are right."""
+        chains, right = [], []
+        for arms in self.seeds.values():
+            if self.has(row, arms):
+                asides = _asides(arms[row[0]][row[1]][part])
+                each = len(asides) // len(self.problems[part])
+                written = [bool(CHAIN.match(text)) for text in asides]
+                good = [text.startswith(f"{self.problems[part][i // each]['chain']})") for i, text in enumerate(asides)]
+                chains.append(fmean(written))
+                right.append(sum(good) / sum(written) if any(written) else None)
+        return [_mean(chains), _mean(right)]
+
+    def _examples(self, count: int = 4) -> str:
+        """The first held-out problems with what was thought before and after training."""
+        seed, arms = next((seed, arms) for seed, arms in self.seeds.items() if "quiet-star" in arms)
+        before, after = (arms[arm][kind]["test"] for arm, kind in (("warm", "aside"), OURS))
+        lines = []
+        for i, problem in enumerate(self.problems["test"][:count]):
+            thoughts = [f"`{_cut(_asides(x)[i])}`" for x in (before, after)]
+            lines.append([problem["question"], *thoughts, after["texts"][i], str(problem["answer"])])
+        head = ["problem", "the start's aside", "Quiet-STaR's thought", "its answer", "right"]
+        return f"The first {count} problems with new numbers, seed {seed}:\n\n{markdown(head, lines)}"
+
+    def draw(self, path: Path) -> None:
+        """Learning curves, and right answers on new numbers: a point for each seed."""
+        figure = new_figure(10, 3.8)
+        curve, points = figure.subplots(1, 2, width_ratios=(4, 5))
+        rows = list(self.rows)
+        for number, (seed, arms) in enumerate(self.seeds.items()):
+            rewards = arms.get("quiet-star", {}).get("metrics", {}).get("reward", [])
+            curve.plot(range(1, 1 + len(rewards)), rewards, color=f"C{number}", linewidth=1, label=f"seed {seed}")
+            shown = [row for row in rows if self.has(row, arms)]
+            places = [len(rows) - rows.index(row) - 0.1 * number for row in shown]
+            points.plot([self.share(row, arms, "test") for row in shown], places, "o", color=f"C{number}", markersize=4)
+        curve.axhline(0, color="black", linewidth=0.8)
+        curve.set(xlabel="update", ylabel="nats", title="mean reward of a thought")
+        curve.legend(frameon=False)
+        points.set_yticks([len(rows) - i - 0.1 for i in range(len(rows))], [ROWS[row].strip("*") for row in rows], fontsize=7)
+        points.set(xlabel="right answers to problems with new numbers", xlim=(0, 1.02))
+        save(figure, path)
 
 
-def _named(arm: str, seeds: list[Results]) -> str:
-    """Also the seeds, if not all have it."""
-    having = [str(seed) for seed, results in enumerate(seeds) if arm in results]
-    return NAMES[arm] if len(having) == len(seeds) else f"{NAMES[arm]} (seed {', '.join(having)})"
+def tuned(seeds: dict[str, Arms], problems: list[dict[str, Any]]) -> str:
+    """The learning rates that were tried."""
+    found = [
+        [*name.split(), _number(right_share(x["answers"]["valid"]["texts"], problems))]
+        for arms in seeds.values() for name, x in arms.items() if " " in name
+    ]  # fmt: skip
+    words = "Right answers to problems for validation, by learning rate, with the seed for tuning:\n\n"
+    return words + markdown(["arm", "rate", "right answers"], found)
 
 
-def writingmarkdown(seeds: list[Results], problems: dict[str, list[Problem]]) -> str:
-    """What models write that may write a chain, and how often thoughts are chains."""
-    lines = []
-    for arm in ("warm", "grpo-written-chains"):
-        found = [results[arm]["written"] for results in seeds if arm in results]
-        if found:
-            shares = _chains(found, problems, lambda x: [text.removeprefix(" (") for text in x["texts"]])
-            lines.append([f"{_named(arm, seeds)}, writing", *shares])
-    for arm in ("warm", *WAYS_TO_LEARN, *EACH_CHANGE):
-        found = [results[arm]["answers"] for results in seeds if arm in results]
-        if found:
-            lines.append([f"{_named(arm, seeds)}, thinking", *_chains(found, problems, lambda x: x["thoughts"])])
-    columns = ("a chain", "the right chain", "right answer")
-    head = ["", *(f"{what}, {words}" for words in PARTS.values() for what in columns)]
-    gate = [_of_written(results["warm"], problems) for results in seeds]
-    met = "met" if min(right / (count or 1) for right, count in gate) >= GATE else "not met"
-    counted = ", ".join(_share(right, count) for right, count in gate)
-    return (
-        f"Shares of problems whose greedy text or thought is a chain. Of the chains that the warm start writes these are "
-        f"right, by seed: {counted}. The gate, {GATE} in each seed, is {met}.\n\n{markdown(head, lines)}"
-    )
+def gate(seeds: dict[str, Arms], problems: list[dict[str, Any]]) -> str:
+    """Of the thoughts that a start samples about problems whose chains it never saw, how many are right."""
+    found = [
+        text.startswith(f"{problems[i * len(problems) // len(texts)]['chain']})")
+        for arms in seeds.values() for texts in [arms["warm"]["sampled"]["valid"]["thoughts"]] for i, text in enumerate(texts)
+    ]  # fmt: skip
+    met = "met" if fmean(found) >= GATE else "not met"
+    return f"{sum(found)} of {len(found)} sampled thoughts are right chains: the gate of {GATE} is {met}."
 
 
-def _share(right: int, count: int) -> str:
-    low, high = wilson(right, count) if count else (0.0, 1.0)
-    return f"{right} of {count} ({low:.2f} to {high:.2f})"
+def gsm8k(arms: Arms) -> list[str]:
+    """Whether own thoughts make right answers more probable than in each other row; the rows; what thoughts are worth."""
+    rows = {
+        "**Quiet-STaR, thinking**": ("quiet-star", "own"),
+        "the same, one constant thought": ("quiet-star", "constant"),
+        "the same, not thinking": ("quiet-star", "none"),
+        "plain training on four times the text": ("plain", "none"),
+        "before training": ("base", "none"),
+    }
+    found = {words: arms[arm]["probability"][way] for words, (arm, way) in rows.items() if arm in arms}
+    ours, *rivals = found
+    gaps = {words: [x - y for x, y in zip(found[ours], found[words], strict=True)] for words in rivals}
+    bounds = [mean_interval(gap) for gap in gaps.values()]
+    which = "holds" if all(low > 0 for _, low, _ in bounds) else "does not hold"
+    lines = [[words, _small(values), _small(gaps[words], "+") if words in gaps else ""] for words, values in found.items()]
+    head = [f"probability of the right answer, mean over {len(found[ours])} questions", "Quiet-STaR, thinking, over it"]
+    text = arms["quiet-star"]["text"]
+    at = text["temperatures"].index(1.0)
+    fitted = []
+    for way, words in {"none": WAYS["none"], "own": "own thoughts", **WAYS}.items():
+        nats = text["nats"][way]
+        best = min(range(len(text["temperatures"])), key=lambda x: fmean(each[x] for each in nats[::2]))
+        losses = (fmean(each[x] for each in nats[1::2]) for x in (at, best))
+        weight = f"{fmean(text['weights'][way]):.2f}" if way in text["weights"] else ""
+        fitted.append([words, *(f"{loss:.4f}" for loss in losses), f"{text['temperatures'][best]:g}", weight])
+    columns = ["before the token", "loss", "loss, at a fitted temperature", "this temperature", "mixing weight"]
+    return [
+        f"The claim {which}: right answers are more probable with own thoughts than in every other row.",
+        markdown(["", *head], lines),
+        "What thoughts are worth in the test's solutions, where the model would think: the loss of the next token, nats, on "
+        f"every other text; the temperature of the prediction is fitted on the rest:\n\n{markdown(columns, fitted)}",
+    ]
 
 
-def _chains(found: list[dict[str, Any]], problems: dict[str, list[Problem]], texts: Any) -> list[str]:
-    row = []
-    for part in PARTS:
-        shares = [chains(texts(x[part]), problems[part]) for x in found]
-        right = [fmean(x[part]["right"] if "right" in x[part] else x[part]["own"]["right"]) for x in found]
-        row += [_mean([x["written"] for x in shares]), _mean([x["right"] for x in shares]), _mean(right)]
-    return row
+def _small(values: Sequence[float], sign: str = "") -> str:
+    mean, low, _ = mean_interval(values)
+    return f"{mean:{sign}.4f}" if low is None else f"{mean:{sign}.4f} ± {mean - low:.4f}"
 
 
-def _of_written(warm: Results, problems: dict[str, list[Problem]]) -> tuple[int, int]:
-    """The right ones among the chains that the warm start writes, and the number of these."""
-    shares = chains([text.removeprefix(" (") for text in warm["written"]["test"]["texts"]], problems["test"])
-    return round(shares["right"] * len(problems["test"])), round(shares["written"] * len(problems["test"]))
+def cost(results: dict[str, dict[str, Arms]]) -> str:
+    some = [found for seeds in results.values() for arms in seeds.values() for found in arms.values()]
+    dates, versions, machines = (sorted({found[name] for found in some}) for name in ("date", "torch", "machine"))
+    hours = sum(found["seconds"] for found in some) / 3600
+    between = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    return f"All parts took {hours:.1f} hours together, on {'; '.join(machines)}; torch {', '.join(versions)}; {between}."
 
 
-def some_thoughts(results: Results, learned: Sequence[str], problems: Sequence[Problem], count: int = 4) -> str:
-    """The first held-out problems with what was thought before and after training, and what it did in the last arm."""
-    found = [results[arm]["answers"]["test"] for arm in ("warm", *learned)]
-    lines = []
-    for i, problem in enumerate(problems[:count]):
-        p = [f"{exp(-found[-1][way]['nats'][i]):.2f}" for way in ("none", "own")]
-        thoughts = [f"`{_cut(x['thoughts'][i])}`" for x in found]
-        lines.append([problem.question, *thoughts, str(problem.answer), *p])
-    head = ["problem", *(f"thought, {NAMES[arm]}" for arm in ("warm", *learned)), "answer", "p without", "p with"]
-    return f"The first {count} problems of the test, in seed 0:\n\n{markdown(head, lines)}"
+def right_share(texts: Sequence[str], problems: Sequence[dict[str, Any]]) -> float:
+    """Of problems, how many are answered by the text about each; of several texts about each by their most frequent answer."""
+    times = len(texts) // len(problems)
+    groups = [texts[i : i + times] for i in range(0, len(texts), times)]
+    return fmean(vote(group) == f" {problem['answer']}." for group, problem in zip(groups, problems, strict=True))
+
+
+def vote(texts: Sequence[str]) -> str:
+    """The most frequent of the answers behind some asides, the first of equals; "" if there is none."""
+    answers = [answer for text in texts if re.fullmatch(r" \d+\.", answer := without_aside(text))]
+    return Counter(answers).most_common(1)[0][0] if answers else ""
+
+
+def _asides(found: dict[str, list[str]]) -> list[str]:
+    """Thoughts, or what is written from the bracket on."""
+    return found["thoughts"] if "thoughts" in found else [text.removeprefix(" (") for text in found["texts"]]
+
+
+def _sampled(thoughts: Sequence[str], problems: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """The share of right chains; of problems with one, and with one and another thought."""
+    each = len(thoughts) // len(problems)
+    right = [
+        [text.startswith(f"{problem['chain']})") for text in thoughts[each * i : each * (i + 1)]]
+        for i, problem in enumerate(problems)
+    ]
+    return fmean(x for row in right for x in row), fmean(map(any, right)), fmean(len(set(row)) > 1 for row in right)
 
 
 def _cut(thought: str) -> str:
@@ -218,64 +341,14 @@ def _cut(thought: str) -> str:
     return f"{aside}{bracket}".replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
 
 
-def free_text(free: Results) -> str:
-    """What was expected of free text, and what came out."""
-    losses = free["losses"]
-    found = {
-        name: mean_interval([x - y for x, y in zip(losses[way], losses["own"], strict=True)]) for way, name in FREE.items()
-    }
-    lines = [[name, _interval(*values, digits=4)] for name, values in found.items()]
-    low = found[FREE["constant"]][1]
-    came = "That came out" if low is None or low <= 0 else "It is larger than 0"
-    text = "Python's manual" if free["text"] == "builtin" else free["text"]
-    return (
-        f"On free text ({text}, {free['texts']} texts held out) no gain over a constant thought was expected. {came}:"
-        f"\n\n{markdown(['own thoughts, over', 'nats per token where the model thinks'], lines)}"
-    )
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
-def cost(seeds: list[Results]) -> str:
-    spent = []
-    for results in seeds:
-        machines = " and ".join(dict.fromkeys(result["machine"] for result in results.values()))
-        spent.append(f"{sum(result['seconds'] for result in results.values()) / 60:.0f} minutes on {machines}")
-    some = [result for results in seeds for result in results.values()]
-    dates, versions = (sorted({result[name] for result in some}) for name in ("date", "torch"))
-    measured = f"a part that was stopped counts from its last start; torch {', '.join(versions)}, {dates[-1]}"
-    return f"The parts of each seed, added up, took {', '.join(spent)}; {measured}."
-
-
-def draw(seeds: list[Results], learned: Sequence[str], path: Path) -> None:
-    """Learning curves, and the gains on new numbers: a colour for each arm, a point for each seed."""
-    figure = new_figure(10, 3.8)
-    curve, bars = figure.subplots(1, 2, width_ratios=(4, 5))
-    names = list(CLAIM | BESIDES)
-    for number, arm in enumerate(learned):
-        colour = f"C{number}"
-        for seed, results in enumerate(seeds):
-            rewards = results[arm]["metrics"]["reward"]
-            label = WAYS_TO_LEARN[arm] if seed == 0 else None
-            curve.plot(range(1, 1 + len(rewards)), rewards, color=colour, linewidth=1, label=label)
-            rows = [row for row in gains(results, arm, seed, CLAIM | BESIDES) if row[0] == "test"]
-            places = [len(names) - names.index(row[1]) - 0.25 * number - 0.07 * seed for row in rows]
-            whiskers = [[row[3] - row[4] for row in rows], [row[5] - row[3] for row in rows]]
-            bars.errorbar([row[3] for row in rows], places, xerr=whiskers, fmt="o", color=colour, capsize=2, markersize=3)
-    curve.axhline(0, color="black", linewidth=0.8)
-    curve.set(xlabel="update", ylabel="nats", title="mean reward of a thought")
-    curve.set_ylim(top=1.25 * curve.get_ylim()[1])  # room for the legend
-    curve.legend(frameon=False)
-    bars.axvline(0, color="black", linewidth=0.8)
-    bars.set_yticks([len(names) - i - 0.25 for i in range(len(names))], [name.split(",")[0] for name in names])
-    bars.set(xlabel="nats", title="gain of own thoughts over")
-    save(figure, path)
-
-
-def _interval(mean: float, low: float | None, high: float | None, digits: int = 2) -> str:
-    shown = [f"{x:+.{digits}f}" for x in (mean, low, high) if x is not None]
-    return shown[0] if low is None else f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
-def _mean(values: Sequence[float]) -> str:
-    """The mean over seeds and, of several, its interval."""
-    mean, low, _ = mean_interval(list(values))
-    return f"{mean:.2f}" if low is None else f"{mean:.2f} ± {mean - low:.2f}"
+def _mean(values: Sequence[float | None], sign: str = "") -> str:
+    """The mean over seeds and, of several, its 95 % interval by Student's t."""
+    known = [x for x in values if x is not None]
+    if not known:
+        return ""
+    mean, low, _ = mean_interval(known)
+    return f"{mean:{sign}.2f}" if low is None else f"{mean:{sign}.2f} ± {mean - low:.2f}"

@@ -2,133 +2,196 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pretrained_evaluation import NEW_TOKENS, answered
-from pretrained_problems import line, problems, warm_lines
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from pretrained_evaluation import NEW_TOKENS, without_aside, writing
+from pretrained_problems import (
+    MARK,
+    ONE_DIGIT,
+    TWO_DIGITS,
+    Problem,
+    Triple,
+    chain_lines,
+    form_lines,
+    line,
+    problems,
+    sum_lines,
+)  # fmt: skip
 
-from quietstar import QuietStar, ThoughtConfig
+from quietstar import OfflineThoughts, QuietStar, ThoughtConfig, export_thoughts
 from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import AdapterConfig, TrainConfig
-from quietstar.data.texts import DataConfig, load_data
-from quietstar.objective import Counts
-from quietstar.run.batches import Example, collate
-from quietstar.texts import Texts
-from quietstar.training import Loss, thought_loss, train
+from quietstar.data.filtering import ThoughtFilter
+from quietstar.run.batches import Example
+from quietstar.training import train
 
-THOUGHTS = ThoughtConfig(preset="small", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
-FREE = ThoughtConfig(preset="small", thoughts=2, thought_tokens=8, lookahead=4, anchors="entropy", anchor_share=1 / 12)
+THOUGHTS = ThoughtConfig(preset="lora", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
+# As text, a thought is the aside that the warm start writes.
+RLP = ThoughtConfig(
+    preset="rlp", thoughts=4, thought_tokens=16, lookahead=3, anchors="all", thought_start=" (", thought_end=")"
+)
 # Plain training: the text's own loss. The one thought of one token a text is not trained.
 PLAIN = ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1, base_weight=1, mix_weight=0, policy_weight=0)
 LINES = 16  # of a step
-RATE = 1e-4  # of all but the warm start; with 3e-4 the mixing weight overshoots
-REHEARSED = 16  # lines of the warm start in a step of the control that rehearses them
+LORA = 16
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train from the warm start on lines without a chain.
+    """A way to train from the start on problems with their answers.
 
     Attributes:
+        rates: the learning rates that are tried with the seed for tuning.
+        rate: the one that was better there.
         thinks: the thoughts at "A:" and the objective.
         lines: of a step.
-        frozen: train the mixing head alone, on the warm start's thoughts.
-        rehearses: add the loss on lines of the warm start, so that chains are not forgotten where no reward asks for them.
+        weights: what is trained: adapters, all, or head alone, which learns to use the start's own thoughts.
+        chains: lines have the right chain: supervision in what the others must find.
+        star: lines have one of N asides that the start writes, with which it answers right.
+        offline: train on thoughts that were sampled once, by the model of arm "head": the best of each four, where it helps.
+        writes: its answers stand behind an aside that it writes, and begins with.
+        in_trl: GRPO, rewarded for a right answer.
     """
 
+    rates: tuple[float, float] = (1e-4, 3e-4)
+    rate: float = 1e-4
     thinks: ThoughtConfig = field(default_factory=lambda: THOUGHTS)
     lines: int = LINES
-    frozen: bool = False
-    rehearses: bool = False
+    weights: str = "adapters"
+    chains: bool = False
+    star: bool = False
+    offline: bool = False
+    writes: bool = False
+    in_trl: bool = False
 
 
-# Of preset lora: thoughts are weighed at the temperature at which they are sampled, and those below the mean are weakened.
-SAMPLED, SIGNED = replace(THOUGHTS, policy_temperature=1.0), replace(THOUGHTS, advantage="leave_one_out")
 ARMS = {
+    "head": Arm((3e-4, 1e-3), 1e-3, weights="head"),
     "quiet-star": Arm(),
-    "temperature-1-signed": Arm(replace(SAMPLED, advantage="leave_one_out")),
-    "temperature-1": Arm(SAMPLED),
-    "signed": Arm(SIGNED),
-    "mixing-head-alone": Arm(frozen=True),
-    "no-reinforce-rehearsal": Arm(replace(THOUGHTS, policy_weight=0.0), rehearses=True),
-    "plain-4-times-the-text": Arm(PLAIN, lines=4 * LINES),
+    "no-reward": Arm(thinks=replace(THOUGHTS, policy_weight=0.0)),
+    "offline": Arm(offline=True),
+    "star": Arm(thinks=PLAIN, star=True, writes=True),
+    "grpo": Arm(writes=True, in_trl=True),
+    "rlp": Arm(thinks=RLP, writes=True),
+    "plain": Arm((1e-4, 3e-4), 1e-4, PLAIN, 4 * LINES, "all"),
+    "chains": Arm(thinks=PLAIN, chains=True, writes=True),
 }
 
 
-def warm_start(model: str, out: Path, seed: int, steps: int) -> None:
-    """Train all weights on lines with and without chains, so that a thought can be one."""
+@dataclass(frozen=True)
+class Setting:
+    """What is practised before thoughts are rewarded, and what then.
+
+    Attributes:
+        practises: the lines of the start, which trains all weights.
+        numbers: of the problems.
+        practice: updates of the start.
+        arms: what is trained from it; none where only the start is looked at.
+        enough: the share of right chains, written, at which practice ends; it is looked at after each tenth of the updates.
+        forced: a token that the control with asides that are asked for may not write until one of others stands there.
+    """
+
+    practises: Callable[..., list[Example]]
+    numbers: dict[tuple[str, str], list[Triple]] = field(default_factory=lambda: ONE_DIGIT)
+    practice: int = 200
+    enough: float | None = None
+    arms: tuple[str, ...] = ()
+    steps: int = 40
+    thought_tokens: int = 16
+    lookahead: int = 3
+    forced: tuple[str, tuple[str, ...]] | None = None
+
+    def thinks(self, config: ThoughtConfig) -> ThoughtConfig:
+        """With thoughts as long as this setting's."""
+        return config if config is PLAIN else replace(config, thought_tokens=self.thought_tokens, lookahead=self.lookahead)
+
+    def problems(self, count: int, seed: int, part: str) -> list[Problem]:
+        return problems(count, seed, part, self.numbers)
+
+
+SETTINGS = {
+    "form": Setting(form_lines, arms=tuple(ARMS), forced=(",", ("+", "-"))),
+    "sums": Setting(sum_lines, forced=(")", (",",))),
+    "steps": Setting(
+        chain_lines, TWO_DIGITS, 200, 0.4, ("head", "quiet-star", "no-reward", "offline", "star", "grpo", "chains"),
+        thought_tokens=20, lookahead=4,
+    ),
+}  # fmt: skip
+
+
+def warm_start(model: str, setting: Setting, out: Path, seed: int, steps: int, practised: int) -> QuietStar:
+    """Train all weights on lines that teach what a thought can be: the first ``practised`` of ``steps`` updates."""
     tokenizer = load_tokenizer(model)
     torch.manual_seed(seed)
     qs = QuietStar(load_model(model, dtype="float32"), PLAIN, tokenizer)
-    lines = warm_lines(tokenizer, problems(LINES * steps, seed, "train"), seed)
-    train(qs, lines, training(out, steps, LINES, seed, 3e-4, schedule="linear"), resume="auto")
+    lines = setting.practises(tokenizer, LINES * steps, seed)
+    # A schedule needs to know its end.
+    schedule = "linear" if practised == steps and setting.enough is None else "constant"
+    given = {"schedule": schedule, "warmup": min(10, steps), "save_every": max(1, steps // 8)}
+    train(qs, lines, training(out, practised, LINES, seed, 3e-4, **given), resume="auto")
+    return qs
 
 
-def train_arm(warm: str, arm: Arm, out: Path, seed: int, steps: int) -> tuple[QuietStar, Any]:
-    """The trained model with its tokenizer. LoRA, of rank 16, but for the frozen arm."""
+def train_arm(
+    warm: str, head: Path, setting: Setting, arm: Arm, out: Path, seed: int, steps: int, rate: float
+) -> tuple[QuietStar, Any]:
+    """The trained model with its tokenizer. ``head``: the run of arm "head", whose thoughts are chosen from."""
     tokenizer = load_tokenizer(warm)
-    qs = think(warm, tokenizer, arm.thinks, seed)
-    if arm.frozen:
+    asked = setting.problems(arm.lines * steps, seed + 1000, "train")
+    lines: Sequence[Example] = [line(tokenizer, problem, problem.chain if arm.chains else "") for problem in asked]
+    if arm.star:
+        lines = right_asides(warm, tokenizer, asked)
+    torch.manual_seed(seed)  # for the mixing head and the adapters
+    if arm.offline:
+        qs, lines = chosen_thoughts(head, lines, out.with_name(f"{out.name}.jsonl"), seed)
+    else:
+        qs = think(warm, tokenizer, setting.thinks(arm.thinks))
+    if arm.weights == "head":
         qs.requires_grad_(False)
         qs.mixing_head.requires_grad_(True)
-    else:
-        qs.add_adapters(AdapterConfig(lora_rank=16))
-    asked = problems(arm.lines * steps, seed + 1000, "train")  # not those of the warm start
-    lines = [line(tokenizer, problem) for problem in asked]
-    loss = with_rehearsal(tokenizer, seed) if arm.rehearses else thought_loss
-    train(qs, lines, training(out, steps, arm.lines, seed, RATE), loss=loss, resume="auto")
+    if arm.weights == "adapters":
+        qs.add_adapters(AdapterConfig(lora_rank=LORA))
+    if lines:  # STaR has none where the start never answers right
+        train(qs, lines, training(out, steps, arm.lines, seed, rate), resume="auto")
     return qs.eval(), tokenizer
 
 
-def train_on_text(model: str, data: DataConfig, out: Path, seed: int, steps: int) -> tuple[QuietStar, list[Example]]:
-    """Quiet-STaR on free text, a thought at the twelfth of the tokens that are hardest to predict; with what is held out."""
-    tokenizer = load_tokenizer(model)
-    texts = load_data(data, tokenizer, FREE.lookahead)
-    qs = think(model, tokenizer, FREE, seed)
-    qs.add_adapters(AdapterConfig(lora_rank=16))
-    train(qs, texts.train, training(out, steps, 8, seed, RATE), resume="auto")
-    return qs.eval(), texts.held_out
+def chosen_thoughts(head: Path, lines: Sequence[Example], file: Path, seed: int) -> tuple[QuietStar, Sequence[Example]]:
+    """The model of a run, and the lines with the best of N thoughts that it samples about each, where that helps."""
+    qs = QuietStar.from_pretrained(head)
+    qs.requires_grad_(True)
+    if not file.exists():
+        export_thoughts(qs.train(), lines, file, seed, LINES, wanted=ThoughtFilter(keep=1, leaks=True))
+    qs.use_config(replace(qs.thought_config, thoughts=1, reward="gain", advantage="relu"))
+    return qs, OfflineThoughts(file, lines, qs)
 
 
-def think(warm: str, tokenizer: Any, config: ThoughtConfig, seed: int) -> QuietStar:
-    """The warm start, whose thoughts begin as an aside does."""
-    torch.manual_seed(seed)  # for the mixing head and the adapters
+def right_asides(warm: str, tokenizer: Any, asked: Sequence[Problem]) -> list[Example]:
+    """STaR's data: of each problem one of N sampled asides after which the start answers right, where there is one."""
+    texts = writing(load_model(warm), tokenizer, asked, begin=MARK, times=THOUGHTS.thoughts)["texts"]
+    lines = []
+    for i, problem in enumerate(asked):
+        own = texts[THOUGHTS.thoughts * i : THOUGHTS.thoughts * (i + 1)]
+        right = [text for text in own if without_aside(text) == f" {problem.answer}."]
+        lines += [line(tokenizer, problem, text[len(MARK) : text.index(")")]) for text in right[:1]]
+    return lines
+
+
+def think(warm: str, tokenizer: Any, config: ThoughtConfig) -> QuietStar:
     return QuietStar(load_model(warm, dtype="float32"), config, tokenizer)
 
 
 def training(out: Path, steps: int, lines: int, seed: int, rate: float, **options: Any) -> TrainConfig:
     saves = {"save_every": max(1, steps // 8), "keep": 1, "eval_every": 0, "fast_linear": True}
-    return TrainConfig(
-        out=str(out), steps=steps, batch_size=lines, learning_rate=rate, warmup=min(10, steps), seed=seed, **saves, **options
-    )
+    given = {"warmup": min(10, steps), **saves, **options}
+    return TrainConfig(out=str(out), steps=steps, batch_size=lines, learning_rate=rate, seed=seed, **given)
 
 
-def with_rehearsal(tokenizer: Any, seed: int) -> Loss:
-    """The Quiet-STaR objective plus the plain loss on some lines of the warm start."""
-    lines = warm_lines(tokenizer, problems(64 * REHEARSED, seed + 2000, "train"), seed)
-
-    def loss(qs: Any, texts: Texts, counts: Counts, seed: int) -> tuple[Tensor, Any]:
-        value, out = thought_loss(qs, texts, counts, seed)
-        return value + lm_loss(qs.model, random.Random(seed).sample(lines, REHEARSED)), out
-
-    return loss
-
-
-def lm_loss(model: Any, lines: Sequence[Example]) -> Tensor:
-    (batch,) = collate(list(lines), list(range(len(lines))), 1)
-    logits = model(batch["input_ids"]).logits[:, :-1]
-    targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
-    return cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def train_group_rl(warm: str, out: Path, seed: int, steps: int) -> tuple[Any, Any]:
+def train_group_rl(warm: str, setting: Setting, out: Path, seed: int, steps: int, rate: float) -> tuple[Any, Any]:
     """The rival: GRPO in TRL with shared prompts, rewarded for a right answer after whatever chain; LoRA of the same rank."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -139,19 +202,20 @@ def train_group_rl(warm: str, out: Path, seed: int, steps: int) -> tuple[Any, An
     class SharedGRPOTrainer(SharedPrompts, GRPOTrainer):
         pass
 
-    def reward(completions: list[str], answer: list[int], **_: Any) -> list[float]:
-        return [float(answered(text, right)) for text, right in zip(completions, answer, strict=True)]
+    def reward(completions: Sequence[str], answer: Sequence[int], **_: Any) -> list[float]:
+        whole = (without_aside(MARK + text) for text in completions)
+        return [float(text == f" {right}.") for text, right in zip(whole, answer, strict=True)]
 
     tokenizer = load_tokenizer(warm)
-    asked = problems(LINES * steps, seed + 1000, "train")
-    rows = [{"prompt": x.asked, "answer": x.answer} for x in asked]
+    rows = [{"prompt": x.asked + MARK, "answer": x.answer} for x in setting.problems(LINES * steps, seed + 1000, "train")]
     arguments = GRPOConfig(
         str(out), max_steps=steps, per_device_train_batch_size=4 * LINES, num_generations=4, max_completion_length=NEW_TOKENS,
-        learning_rate=RATE, beta=0.0, save_steps=max(1, steps // 8), save_total_limit=1, report_to=[], seed=seed, use_cpu=True,
-        bf16=False, activation_checkpointing=False, logging_steps=5,
+        learning_rate=rate, lr_scheduler_type="constant_with_warmup", warmup_steps=min(10, steps), beta=0.0,
+        save_steps=max(1, steps // 8), save_total_limit=1, report_to=[], seed=seed, use_cpu=True, bf16=False,
+        activation_checkpointing=False, logging_steps=5,
     )  # fmt: skip
     torch.manual_seed(seed)
-    adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapters = LoraConfig(r=LORA, lora_alpha=2 * LORA, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SharedGRPOTrainer(
         load_model(warm, dtype="float32"), reward, arguments, train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer, peft_config=adapters,

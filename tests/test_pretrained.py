@@ -1,10 +1,12 @@
-"""The experiment on a pretrained model: its problems, what it measures, its verdict, and all of it at the smallest size."""
+"""The experiment on a pretrained model: its problems, what it grades, its claim, and all of it at the smallest size."""
 
 import json
 import os
-import random
+import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,15 +21,17 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def qs(scripts):
     tokenizer = make_byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
     model = make_model("llama", vocab_size=257, max_position_embeddings=256)
     qs = QuietStar(model, scripts("pretrained_training").THOUGHTS, tokenizer).eval()
     torch.nn.init.normal_(qs.mixing_head[-1].weight, 0, 0.2, generator=torch.Generator().manual_seed(1))
     return qs
 
 
-def test_problems_are_right_and_none_is_in_training_and_test(scripts):
+@pytest.mark.parametrize("table", ["ONE_DIGIT", "TWO_DIGITS"])
+def test_problems_are_right_and_each_part_has_numbers_of_its_own(scripts, table):
     made = scripts("pretrained_problems")
-    parts = {part: made.problems(200, 0, part) for part in ("train", "test", "new")}
+    parts = {part: made.problems(200, 0, part, getattr(made, table)) for part in ("train", "valid", "test", "new")}
     for problem in sum(parts.values(), []):
         first, second = problem.chain.split(", ")
         for step in (first, second):
@@ -35,65 +39,150 @@ def test_problems_are_right_and_none_is_in_training_and_test(scripts):
             assert eval(asked) == int(result) >= 0
         assert second.endswith(f"={problem.answer}")
         assert all(number in problem.question for number in problem.restated.replace(",", "").replace("and ", "").split())
-    triples = [{tuple(problem.restated.split()) for problem in part} for part in parts.values()]
-    assert triples[0].isdisjoint(triples[1] | triples[2])
-    assert made.draw(random.Random(0), made.TEMPLATES[-1:], True).question.startswith("In the garden")
+    numbers = {
+        part: {tuple(sorted(x.restated.replace("and", "").replace(",", "").split())) for x in some}
+        for part, some in parts.items()
+    }
+    train, valid, test, new = (numbers[part] for part in ("train", "valid", "test", "new"))
+    assert train.isdisjoint(valid | test | new) and valid.isdisjoint(test | new)
+    assert {problem.question.split()[0] for problem in parts["new"]} <= {*made.NAMES, "A", "In"}
 
 
-def test_answers_are_those_of_the_model(scripts, qs):
-    """Without and with thoughts, summed over the answer's tokens; each control has other thoughts."""
+@pytest.mark.parametrize("table", ["ONE_DIGIT", "TWO_DIGITS"])
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_answers_of_held_out_numbers_are_distributed_as_in_training(scripts, part, table):
+    """Of every problem that can be asked: each last digit, and the even ones, within 0.05."""
+    made = scripts("pretrained_problems")
+    numbers = getattr(made, table)
+
+    def shares(some):
+        kinds = [[made.steps(x, signs)[1] for x in found] for (part, signs), found in numbers.items() if part == some]
+        return [sum(sum(x % 10 == digit for x in found) / len(found) for found in kinds) / len(kinds) for digit in range(10)]
+
+    difference = [x - y for x, y in zip(shares(part), shares("train"), strict=True)]
+    assert max(map(abs, difference)) < 0.05 and abs(sum(difference[::2])) < 0.05
+    assert {problem.answer % 2 for problem in made.problems(40, 0, part, numbers)} == {0, 1}
+
+
+def test_sums_are_practised_one_by_one(scripts):
+    """No line has a chain, where the second sum goes on with the result of the first."""
+    made = scripts("pretrained_problems")
+    tokenizer = make_byte_tokenizer()
+    kinds = Counter()
+    for example in made.sum_lines(tokenizer, 400, 0):
+        text = tokenizer.decode(example["input_ids"])
+        steps = [step for step in text.replace("(", " ").replace(")", " ").replace(",", " ").split() if "=" in step]
+        for step in steps:
+            asked, result = step.split("=")
+            assert eval(asked) == int(result) >= 0
+        kinds[len(steps)] += 1
+        if len(steps) == 2:
+            assert steps[0].split("=")[1] != re.split("[+-]", steps[1])[0]
+    assert min(kinds[n] for n in (0, 1, 2)) > 60 and sum(kinds.values()) == 400
+
+
+def test_what_a_thought_is_worth_is_the_models_own_figure(scripts, qs):
+    """Summed over the answer's tokens; each control has other thoughts."""
     made, measured = scripts("pretrained_problems"), scripts("pretrained_evaluation")
     some = made.problems(3, 0, "test")
-    found = measured.answers(qs, qs.tokenizer, some, thinks=True)
+    found = measured.worth(qs, qs.tokenizer, some)
     for i, problem in enumerate(some):
         one = {name: x[None] for name, x in made.line(qs.tokenizer, problem).items()}
         with torch.no_grad():
             out = qs(**one, seed=0)
         anchor = int(one["anchors"])
-        assert found["none"]["nats"][i] == pytest.approx(float(out.nll_base[0, anchor + 1 : anchor + 3].sum()), abs=1e-4)
-        assert found["own"]["nats"][i] == pytest.approx(float(out.nll_mix[0, 0, 0, 1:].sum()), abs=1e-4)
-    assert found["own"]["nats"] != found["another"]["nats"] != found["random"]["nats"]
+        assert found["none"][i] == pytest.approx(float(out.nll_base[0, anchor + 1 : anchor + 3].sum()), abs=1e-4)
+        assert found["own"][i] == pytest.approx(float(out.nll_mix[0, 0, 0, 1:].sum()), abs=1e-4)
+    assert found["own"] != found["another"] != found["random"]
     chosen = measured.sampled(qs, qs.tokenizer, some)
-    assert not qs.training and chosen["right"] == chosen["mixed"] == 0 and isinstance(chosen["reward_other"], float)
-    without = measured.answers(qs, qs.tokenizer, some, thinks=False)
-    assert without.keys() == {"none"} and without["none"]["nats"] == pytest.approx(found["none"]["nats"], abs=1e-4)
+    assert not qs.training and len(chosen["thoughts"]) == len(chosen["rewards"]) == 12
 
 
-def test_an_answer_may_stand_behind_an_aside(scripts):
+def test_what_is_graded_is_what_generate_writes(scripts, qs):
+    """Whatever else is in the batch; an aside may be asked for, or kept from a token."""
     made, measured = scripts("pretrained_problems"), scripts("pretrained_evaluation")
-    problem = made.Problem("", "8+7=15, 15-6=9", "8, 7 and 6", 9)
-    assert measured.answered(" 9.", 9) and measured.answered(" (8+7=15, 15-6=9) 9.", 9)
-    assert not any(measured.answered(text, 9) for text in (" 19.", " 9", " (8+7=15, 15-6=9) 8.", " (8+7=15, 9."))
-    shares = measured.chains(["8+7=15, 15-6=9) 9", "8+7=16, 16-6=10)", "8, 7 and 6)"], [problem] * 3)
-    assert shares == {"written": 2 / 3, "right": 1 / 3}
+    some = made.problems(3, 0, "test")
+    found = measured.thinking(qs, qs.tokenizer, some)
+    for problem, text, thought in zip(some, found["texts"], found["thoughts"], strict=True):
+        ids = torch.tensor([made.ids(qs.tokenizer, problem.asked)])
+        out = qs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=measured.NEW_TOKENS, do_sample=False)
+        assert qs.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).startswith(text)
+        with torch.no_grad():
+            ids = qs.think(ids, anchors=torch.tensor([[ids.shape[1] - 1]])).thought_ids[0, 0, 0]
+        assert qs.tokenizer.decode(ids) == thought
+    ids = torch.tensor([made.ids(qs.tokenizer, some[0].asked)])
+    one = measured.from_one_thought(qs, qs.tokenizer, some)["texts"]
+    assert {len(text) for text in one} <= {1, 2, 3, 4, 5} and one[0][0] == found["texts"][0][0]  # the first is the same
+    plain = measured.writing(qs.model, qs.tokenizer, some, begin=" (")["texts"]
+    first = plain[0][2]
+    forced = measured.writing(qs.model, qs.tokenizer, some, begin=" (", forced=measured.Unless.of(qs.tokenizer, first, ("~",)))
+    assert forced["texts"][0][2] != first and all(text.startswith(" (") for text in plain + forced["texts"])
+    assert len(measured.writing(qs.model, qs.tokenizer, some, times=4)["texts"]) == 12
 
 
-def test_the_claim_needs_every_control_in_every_seed(scripts, tmp_path, monkeypatch):
-    monkeypatch.setattr("quietstar.files.pictures.can_draw", lambda: False)
+def test_the_claim_is_against_the_best_rival(scripts, tmp_path):
     report, made = scripts("pretrained_report"), scripts("pretrained_problems")
-    problems = {part: made.problems(20, 0, part) for part in report.PARTS}
+    problems = {part: made.problems(20, 0, part, made.TWO_DIGITS) for part in ("test", "new", "valid")}
+    setting = report.SETTINGS["steps"]
 
-    def measured(nats, thoughts):
-        ways = {way: {"nats": [x + 0.01 * i for i in range(20)], "right": [x < 1] * 20} for way, x in nats.items()}
-        return {"answers": {part: {**ways, "thoughts": thoughts[part], "weight": [0.5] * 20} for part in report.PARTS}}
+    def answers(right, part, thoughts=False):
+        texts = [f" {x.answer if i < right else x.answer + 1}." for i, x in enumerate(problems[part])]
+        return {"texts": texts} | ({"thoughts": [f"{x.chain})" for x in problems[part]]} if thoughts else {})
 
-    def seed(head):
-        chains = {part: [f"{x.chain})" for x in some] for part, some in problems.items()}
-        written = {part: {"texts": [f" ({x}" for x in texts], "right": [True] * 20} for part, texts in chains.items()}
-        rest = {"seconds": 60.0, "date": "2026-01-01", "torch": "2", "machine": "none"}
-        rest |= {"metrics": {"reward": [0.0, 1.0]}}
-        rest |= {"sampled": {"right": 0.4, "mixed": 0.5, "reward_right": 2.0, "reward_other": None}}
-        own = measured({"none": 2.0, "own": 0.5, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
-        control = measured({"none": 2.0, "own": head, "another": 3.0, "constant": 3.0, "random": 4.0}, chains)
-        return {"warm": {**control, "written": written, **rest}, "quiet-star": own | rest, report.HEAD: control | rest}
+    def seed(number, vote=4, **right):
+        """Results in which so many of 20 answers are right, of arms that are not named 5."""
+        rest = {"seconds": 60.0, "date": "2026-01-01", "torch": "2", "machine": "none", "start": str(number)}
+        parts = ("test", "new")
+        arms = {}
+        for arm, kind in [row for row in report.ROWS if row[0] in ("warm", *setting.arms) and row[1] != "forced"]:
+            n = right.get(arm.replace("-", "_"), 5) if kind == "answers" else 5
+            thinks = (arm, kind) == report.OURS
+            arms.setdefault(arm, rest | {})[kind] = {part: answers(n, part, thinks) for part in parts}
+        four = {part: [(f" (1, 2) {x.answer}.", " 1.", " 0", f" {x.answer}.") for x in problems[part]] for part in parts}
+        arms["warm"]["vote"] = {
+            part: {"texts": [text for each in four[part][:vote] for text in each] + [""] * 4 * (20 - vote)} for part in parts
+        }
+        folder = tmp_path / "out" / "steps" / str(number)
+        folder.mkdir(parents=True)
+        for arm, found in arms.items():
+            (folder / f"{arm}.json").write_text(json.dumps(found))
 
-    page, verdict = report.write([seed(1.5), seed(1.0)], None, problems, tmp_path)
-    assert f"**{verdict}**" in page.read_text() and " the claim holds in 2 of 2 seeds" in verdict
-    assert "| no thought | new numbers | +1.50 (+1.50 to +1.50) | +1.50" in page.read_text()
-    second = seed(0.5) | {"signed": seed(1.5)["quiet-star"]}
-    page, verdict = report.write([seed(1.5), second], None, problems, tmp_path)
-    assert " the claim does not hold" in verdict and verdict.endswith("with a mixing head trained on them in seed 1.")
-    assert "| signed advantages alone (seed 1) | 0.40 |" in page.read_text()
+    def write():
+        page, verdict = report.write(tmp_path / "out", {"steps": problems}, tmp_path / "docs")
+        assert f"**{verdict}**" in page.read_text()
+        return page.read_text(), verdict
+
+    seed(100, quiet_star=18, grpo=16, chains=20)
+    seed(101, quiet_star=17, grpo=15)
+    page, verdict = write()
+    assert verdict.startswith(
+        "The claim holds. Quiet-STaR's right answers: +0.10 (+0.10 to +0.10) over those of the best rival"
+    )
+    assert verdict.endswith("GRPO, writing an aside; above every rival in 2 of 2 seeds.")
+    # A script that shares no code with the report finds the same, and what doesn't agree.
+    command = [sys.executable, "experiments/recompute_pretrained.py", str(tmp_path / "docs")]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and ", 0 faults" in again.stdout, again.stdout + again.stderr
+    (tmp_path / "docs/pretrained.md").write_text(page.replace("| 0.88 ± 0.32 |", "| 0.89 ± 0.32 |"))
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+    assert "| **Quiet-STaR, thinking** | 0.90 | 0.85 | 0.88 ± 0.32 |" in page
+    # Results that were made elsewhere are added; four texts about a problem are a vote; each seed counts.
+    shutil.rmtree(tmp_path / "out")
+    seed(102, vote=19, quiet_star=18, grpo=16)
+    page, verdict = write()
+    assert verdict.startswith("The claim is open.") and verdict.endswith("above every rival in 2 of 3 seeds.")
+    assert "| GRPO, writing an aside | 0.80 | 0.75 | 0.80 | 0.78 ± 0.07 |" in page
+    assert "| a vote of four of its asides | 0.20 | 0.20 | 0.95 |" in page
+    shutil.rmtree(tmp_path / "out")
+    seed(103, quiet_star=18)
+    (tmp_path / "out/steps/103/grpo.json").unlink()
+    assert write()[1].startswith("The claim is not tested yet, for lack of GRPO, writing an aside, seed 103. ")
+    with pytest.raises(ValueError, match="has results for other problems"):
+        report.write(tmp_path / "out", {"steps": {part: some[:-1] for part, some in problems.items()}}, tmp_path / "docs")
+    other = tmp_path / "out/steps/103/head.json"
+    other.write_text(other.read_text().replace('"start": "103"', '"start": "another"'))
+    with pytest.raises(ValueError, match="steps, seed 103: arms of different starts"):
+        write()
 
 
 @pytest.mark.long
@@ -104,15 +193,26 @@ def test_all_of_it_at_the_smallest_size(tmp_path):
     make_model("llama", vocab_size=257, max_position_embeddings=256).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     command = [sys.executable, "experiments/pretrained.py", "--size=tiny", f"--model={tmp_path / 'model'}", f"--out={tmp_path}"]
+    rows = [{"question": f"What is {i} and 1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(30)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command += ["--parts", "steps", "sums", "tuning", "gsm8k", f"--gsm8k={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    results = tmp_path / "tiny" / "seed-0"
     for known in (False, True):
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0 and "8 of 8 parts are done" in run.stdout, run.stderr[-2000:]
+        assert run.returncode == 0 and "32 of 32 parts are done" in run.stdout, run.stderr[-2000:]
         assert ("begun" in run.stdout) != known
-    measured = {file.stem: json.loads(file.read_text()) for file in results.glob("*.json")}
-    assert len(measured) == 7 and set(measured["plain-4-times-the-text"]["answers"]["test"]) == {"none"}
-    assert json.loads((tmp_path / "tiny" / "free-text.json").read_text())["losses"].keys() > {"base", "own", "constant"}
-    assert (tmp_path / "tiny" / "pretrained.png").stat().st_size > 10_000
-    assert measured["warm"]["sampled"]["right"] == 0 and measured["warm"]["sampled"]["reward_right"] is None
-    assert "the claim does not hold" in (tmp_path / "tiny" / "pretrained.md").read_text()
+    measured = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "tiny/steps/100").glob("*.json")}
+    assert len(measured) == 8 and measured["quiet-star"].keys() > {"answers", "without", "worth", "sampled"}
+    assert measured["warm"]["practice"][-1][0] == 2
+    assert (tmp_path / "tiny" / "pretrained_steps.png").stat().st_size > 10_000
+    page = (tmp_path / "tiny" / "pretrained.md").read_text()
+    assert "The claim is open." in page and "0 of 16 sampled thoughts are right chains: the gate of 0.05 is not met." in page
+    again = subprocess.run(
+        [sys.executable, "experiments/recompute_pretrained.py", str(tmp_path / "tiny")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0 and ", 0 faults" in again.stdout, again.stdout + again.stderr
+    assert "mean over 4 questions" in page and "| random tokens |" in page
