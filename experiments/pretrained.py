@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
 from phases import Phase  # noqa: E402
-from pretrained_evaluation import Unless, from_one_thought, sampled, thinking, worth, writing  # noqa: E402
+from pretrained_evaluation import Unless, sampled, thinking, worth, writing  # noqa: E402
 from pretrained_gsm8k import Solutions  # noqa: E402
 from pretrained_problems import MARK, Problem  # noqa: E402
 from pretrained_training import ARMS, SETTINGS, THOUGHTS, Setting, think, train_arm, train_group_rl, warm_start  # noqa: E402
@@ -154,7 +154,6 @@ class Seed:
         if not how.thinks.mix_weight:
             return {"answers": self._each(partial(writing, qs.model, tokenizer, begin=begin)), **made}
         found = {"answers": self._each(partial(thinking, qs, tokenizer)), **made}
-        found["one_thought"] = self._each(partial(from_one_thought, qs, tokenizer))
         if arm != "quiet-star":
             return found
         return found | {

@@ -19,7 +19,6 @@ from quietstar.run.batches import Example, batches_of
 
 EVAL_BATCH = 32
 NEW_TOKENS = 28  # of a chain with its answer
-ANSWER_TOKENS = 5  # " 143."
 
 
 @dataclass(frozen=True)
@@ -106,25 +105,6 @@ def without_aside(text: str) -> str:
     return re.sub(r"^ \([^)]*\)", "", text)
 
 
-@torch.no_grad()
-def from_one_thought(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, list[str]]:
-    """As in training: one greedy thought at "A:" alone, and all of the answer predicted from it, up to the full stop."""
-    examples = [line(tokenizer, problem) for problem in some]
-    own = with_each_thought(qs.eval(), examples, EVAL_BATCH)["own"]
-    texts: list[str] = []
-    for start in range(0, len(some), EVAL_BATCH):
-        part = own[start : start + EVAL_BATCH]
-        written: list[list[int]] = [[] for _ in part]
-        for length in range(1, ANSWER_TOKENS + 1):
-            asked = [x["input_ids"][: int(x["anchors"]) + 1].tolist() for x in part]
-            # What follows an anchor is read by the rows of its thought, and its last row predicts one token more.
-            rows = [{**x, "input_ids": torch.tensor([*ids, *new, 0])} for x, ids, new in zip(part, asked, written, strict=True)]
-            for x, (_, mixed) in zip(written, states_of(qs, rows, length), strict=True):
-                x.append(int(mixed[-1].argmax()))
-        texts += [cut for text in tokenizer.batch_decode(written) for cut in [text[: text.find(".") + 1] or text]]
-    return {"texts": texts}
-
-
 def worth(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, list[float]]:
     """By the thoughts before the answer, none, own, another, constant or random: -log p of the answer of each problem, nats."""
     ways = with_each_thought(qs.eval(), [line(tokenizer, problem) for problem in some], EVAL_BATCH)
@@ -136,28 +116,22 @@ def worth(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, l
 
 @torch.no_grad()
 def predict(qs: QuietStar, examples: Sequence[Example]) -> tuple[list[float], list[float]]:
-    """-log p of each answer without its thought and with it, nats."""
+    """-log p of each answer without the thought before it and with it, nats."""
     J = qs.thought_config.lookahead
+    thinker = qs.with_config(replace(one_thought(qs).thought_config, lookahead=J)).thinker
     found = []
-    for start in range(0, len(examples), EVAL_BATCH):
-        part = examples[start : start + EVAL_BATCH]
-        for x, logprobs in zip(part, states_of(qs, part, J), strict=True):
-            anchor = int(x["anchors"])
+    for chosen, batch in batches_of(examples, EVAL_BATCH, qs.start_embedding.device):
+        layout = thinker.layout(batch["input_ids"], batch["attention_mask"], batch["anchors"])
+        text, thought = thinker.states(layout, batch["input_ids"], batch["thought_ids"])
+        h_base, h_thought = thinker.base_states(layout, text)[:, 0], thinker.end_states(thought, None)[:, 0, 0]
+        for b, i in enumerate(chosen):
+            anchor = int(examples[i]["anchors"])
             # Without the space before the answer: where to put an aside is not what is asked.
-            targets = x["input_ids"][anchor + 2 : anchor + 1 + J, None]
-            found.append([-float(y[1:].gather(1, targets).sum()) for y in logprobs])
+            targets = examples[i]["input_ids"][anchor + 2 : anchor + 1 + J, None]
+            both = thinker.logprobs(h_base[b]), thinker.mixed_logprobs(h_base[b], h_thought[b])
+            found.append([-float(logprobs[1:].gather(1, targets).sum()) for logprobs in both])
     without, nats = zip(*found, strict=True)
     return list(without), list(nats)
-
-
-def states_of(qs: QuietStar, examples: Sequence[Example], J: int) -> list[tuple[Tensor, Tensor]]:
-    """Of each text the log-probabilities [J,V] of what follows its anchor, without its thought and with it."""
-    thinker = qs.with_config(replace(one_thought(qs).thought_config, lookahead=J)).thinker
-    ((_, batch),) = batches_of(examples, len(examples), qs.start_embedding.device)
-    layout = thinker.layout(batch["input_ids"], batch["attention_mask"], batch["anchors"])
-    text, thought = thinker.states(layout, batch["input_ids"], batch["thought_ids"])
-    h_base, h_thought = thinker.base_states(layout, text)[:, 0], thinker.end_states(thought, None)[:, 0, 0]
-    return list(zip(thinker.logprobs(h_base), thinker.mixed_logprobs(h_base, h_thought), strict=True))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ PARTS = {"test": "new numbers", "new": "new stories"}
 TITLES = {"form": "Choosing between two asides that were practised", "steps": "Better steps"}
 OURS = "quiet-star", "answers"
 GATE = 0.05  # of sampled thoughts
-# What answers, by arm and measurement; all but those in BESIDES are rivals of the claim.
+# What answers, by arm and measurement; all but GOLD are rivals of the claim.
 ROWS = {
     OURS: "**Quiet-STaR, thinking**",
     ("head", "answers"): "the start, thinking, with a trained mixing head",
@@ -42,12 +42,8 @@ ROWS = {
     ("warm", "forced"): "the same, kept from the aside that doesn't help",
     ("warm", "vote"): "a vote of four of its asides",
     ("quiet-star", "without"): "Quiet-STaR's model, not thinking",
-    ("quiet-star", "one_thought"): "Quiet-STaR, the answer from one thought, as in training",
-    ("no-reward", "one_thought"): "without the reward, the same",
 }
-# No rivals: other ways to read answers; and in "steps" gold chains of problems, which the others must find.
-BESIDES = {row for row in ROWS if row[1] == "one_thought"}
-GOLD = {"steps": {("chains", "answers")}}
+GOLD = {"steps": {("chains", "answers")}}  # right chains, which the others must find there
 WAYS = {
     "none": "no thought",
     "another": "another problem's thought",
@@ -104,7 +100,7 @@ class Results:
         self.rows = {row: words for row, words in ROWS.items() if any(self.has(row, arms) for arms in seeds.values())}
         setting = SETTINGS[name]
         wanted = [row for row in ROWS if row[0] in ("warm", *setting.arms) and (setting.forced or row[1] != "forced")]
-        self.rivals = [row for row in wanted if row not in {OURS, *BESIDES, *GOLD.get(name, ())}]
+        self.rivals = [row for row in wanted if row not in {OURS, *GOLD.get(name, ())}]
 
     def has(self, row: tuple[str, str], arms: Arms) -> bool:
         return row[1] in arms.get(row[0], {})

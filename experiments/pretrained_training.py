@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,6 +144,9 @@ def train_arm(
     tokenizer = load_tokenizer(warm)
     asked = setting.problems(arm.lines * steps, seed + 1000, "train")
     lines: Sequence[Example] = [line(tokenizer, problem, problem.chain if arm.chains else "") for problem in asked]
+    if arm.thinks.mix_weight:  # at one of the places where ``generate`` will think before the answer's tokens
+        rng = random.Random(f"places {seed}")
+        lines = [line(tokenizer, problem, place=rng.random()) for problem in asked]
     if arm.star:
         lines = right_asides(warm, tokenizer, asked)
     torch.manual_seed(seed)  # for the mixing head and the adapters

@@ -27,12 +27,7 @@ RIVALS = {  # by the page's row: arm and measurement
     "Quiet-STaR's model, not thinking": ("quiet-star", "without"),
 }
 OURS = "**Quiet-STaR, thinking**"
-ROWS = {
-    OURS: ("quiet-star", "answers"),
-    **RIVALS,
-    "Quiet-STaR, the answer from one thought, as in training": ("quiet-star", "one_thought"),
-    "without the reward, the same": ("no-reward", "one_thought"),
-}
+ROWS = {OURS: ("quiet-star", "answers"), **RIVALS}
 WAYS = {
     "no thought": "none", "own thoughts": "own", "another problem's thought": "another", "one constant thought": "constant",
     "one constant thought everywhere": "constant", "random tokens": "random",

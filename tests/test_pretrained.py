@@ -81,6 +81,19 @@ def test_sums_are_practised_one_by_one(scripts):
     assert min(kinds[n] for n in (0, 1, 2)) > 60 and sum(kinds.values()) == 400
 
 
+def test_thoughts_are_trained_where_generate_thinks(scripts):
+    """Before each token of the number, and with the same tokens as it has; the loss leaves out the question."""
+    made = scripts("pretrained_problems")
+    tokenizer = make_byte_tokenizer()
+    problem = made.Problem("?", "1+1=2, 2+10=12", "1, 1 and 10", 12)
+    lines = [made.line(tokenizer, problem, place=(i + 0.5) / 30) for i in range(30)]
+    asked = made.ids(tokenizer, "Q: ? A:")
+    assert [int(x["anchors"]) for x in lines] == sorted([*range(len(asked) - 1, len(asked) + 2)] * 10)
+    for x in lines:
+        assert x["input_ids"].tolist() == [*made.ids(tokenizer, "Q: ? A: 12."), tokenizer.eos_token_id]
+        assert x["labels"].tolist() == [-100] * len(asked) + x["input_ids"][len(asked) :].tolist()
+
+
 def test_what_a_thought_is_worth_is_the_models_own_figure(scripts, qs):
     """Summed over the answer's tokens; each control has other thoughts."""
     made, measured = scripts("pretrained_problems"), scripts("pretrained_evaluation")
@@ -110,9 +123,6 @@ def test_what_is_graded_is_what_generate_writes(scripts, qs):
         with torch.no_grad():
             ids = qs.think(ids, anchors=torch.tensor([[ids.shape[1] - 1]])).thought_ids[0, 0, 0]
         assert qs.tokenizer.decode(ids) == thought
-    ids = torch.tensor([made.ids(qs.tokenizer, some[0].asked)])
-    one = measured.from_one_thought(qs, qs.tokenizer, some)["texts"]
-    assert {len(text) for text in one} <= {1, 2, 3, 4, 5} and one[0][0] == found["texts"][0][0]  # the first is the same
     plain = measured.writing(qs.model, qs.tokenizer, some, begin=" (")["texts"]
     first = plain[0][2]
     forced = measured.writing(qs.model, qs.tokenizer, some, begin=" (", forced=measured.Unless.of(qs.tokenizer, first, ("~",)))
