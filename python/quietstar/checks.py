@@ -21,11 +21,12 @@ def check_seed(seed: int | None) -> int | None:
     return None if seed is None else seed_bits("seed", seed)
 
 
-def check_think(name: str, think: str | float) -> str | float:
-    """ "always", "never", or a number of nats."""
-    if isinstance(think, str) and think in ("always", "never"):
+def check_think(name: str, think: str | float, *more: str) -> str | float:
+    """ "always", "never", one of ``more``, or a number of nats."""
+    words = ("always", "never", *more)
+    if isinstance(think, str) and think in words:
         return think
-    return number(name, think, "'always', 'never' or nats of entropy, 0 or more", least=0)
+    return number(name, think, f"{', '.join(map(repr, words))} or nats of entropy, 0 or more", least=0)
 
 
 def pad_id(config: PretrainedConfig) -> int:

@@ -490,13 +490,15 @@ class QuietStar(nn.Module):
     ) -> Any:
         """Continue texts, with a thought before each new token. Returns what transformers' ``generate`` does: ids [B,L+new].
 
-        A token costs one row over the cached keys and values of the text, and T + 2 more for each thought before it.
+        A token costs one row over the cached keys and values of the text, and T + 2 more for each thought before it. Tokens
+        behind a thought that is made once cost a forward of everything before them.
 
         Args:
             input_ids: int64 [B,L].
             attention_mask: [B,L], 1 on text, 0 on padding, on the left.
-            think: "always"; "never", the plain model's own ``generate``; or a number: think where the entropy of the base
-                model's prediction exceeds it, nats.
+            think: "always"; "once", before the first new token, behind which the others are read as the next J are in training;
+                "never", the plain model's own ``generate``; or a number: think where the entropy of the base model's prediction
+                exceeds it, nats.
             thoughts: N, whose mixed predictions are averaged as probabilities. Greedy thoughts are identical, so only one is
                 computed.
             sample_thoughts: sample them at temperature 1, instead of the likeliest token at each step.

@@ -29,7 +29,7 @@ class Generate:
     chat: Chat = False
     think: Annotated[
         float | str,
-        arg(help="always, never, or where the model's entropy is above this number of nats; a thought that is text is first"),
+        arg(help="always, once, never, or where the model's entropy is above this number of nats; a text thought is first"),
     ] = "always"
     thoughts: Annotated[int, arg(help="N, sampled thoughts whose predictions are averaged")] = 1
     sample_thoughts: Annotated[bool, arg(help="sample the thoughts; default the likeliest tokens")] = False
@@ -53,7 +53,7 @@ class Generate:
         if bool(self.text) == bool(self.prompt):
             raise ValueError("generate takes a text or --prompt, one of the two")
         try:
-            check_think("--think", self.think)
+            check_think("--think", self.think, "once")
         except ValueError as error:
             raise UsageError(str(error)) from error
         if self.temperature < 0:
@@ -64,7 +64,7 @@ class Generate:
         tokenizer = text_tokenizer(qs)
         ids = prompt_ids(qs, self.text or self.prompt, self.chat)
         think = self.think
-        if qs.thinker.marks is not None and think == "always":  # a thought is text, which the model writes and goes on from
+        if qs.thinker.marks is not None and think in ("always", "once"):  # the model writes the thought and goes on from it
             ids, think = torch.cat([ids, ids.new_tensor([qs.thinker.marks.start])], 1), "never"
         if self.seed is not None:
             set_seed(self.seed)

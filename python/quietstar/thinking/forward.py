@@ -130,6 +130,11 @@ class Thinker:
     def _vector(self, parameter: Tensor) -> Tensor:
         return (self.config.embedding_scale * parameter).to(embeddings(self.model).weight.dtype)
 
+    def predicting(self, thoughts: int, lookahead: int) -> Thinker:
+        """The same for predictions alone, with so many thoughts and tokens ahead, whatever those of the training."""
+        alone = replace(self.config, reward="gain", advantage="relu", base_model="current", kl_weight=0.0)
+        return replace(self, config=replace(alone, thoughts=thoughts, lookahead=lookahead))
+
     def tables(self, layout: ThoughtLayout, input_ids: Tensor, labels: Tensor) -> Tables:
         """What ``predict`` reads of a text and a layout."""
         return Tables.of(layout, input_ids, labels, self.config, checks.pad_id(self.model.config))

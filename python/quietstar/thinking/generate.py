@@ -1,4 +1,4 @@
-"""Generation with a thought before each token: transformers runs its own loop, and the logits come from here."""
+"""Generation with thoughts before tokens: transformers runs its own loop, and the logits come from here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
@@ -45,7 +46,7 @@ class Thinking:
     on_thoughts: Callable[[Tensor], None] | None
 
     def __post_init__(self) -> None:
-        self.think = check_think("generate: think", self.think)
+        self.think = check_think("generate: think", self.think, "once")
         self.thoughts = integer("generate: thoughts", self.thoughts, 1, 65535)
         flag("generate: sample_thoughts", self.sample_thoughts)
         self.seed = check_seed(self.seed)
@@ -171,6 +172,7 @@ class ThinkingModel(GenerationMixin):
         self.new_tokens = new_tokens
         self.limits = position_limits(thinker.model)
         self.cache: TextCache | None = None
+        self.latest: tuple[Tensor, Tensor] | None = None  # ids [B,N,T] and lengths [B,N] of the last thoughts
         if thinking.sample_thoughts:
             self.N, temperature = thinking.thoughts, 1.0
             self.seed = draw_seed() if thinking.seed is None else thinking.seed
@@ -186,9 +188,11 @@ class ThinkingModel(GenerationMixin):
         if self.cache is None:
             self.cache = self._prepare(input_ids, attention_mask)
             h_base = decode_text(self.thinker.model, input_ids, self.cache.store)[:, -1]
-        else:
+        elif self.thinking.think != "once":
             h_base = self._read_token(self.cache, input_ids[:, -1:])
-        if self.thinking.think == "always":
+        if self.thinking.think == "once" and self.latest is not None:
+            logits = self._mix(*self._behind(self.latest, self.cache.written, input_ids, attention_mask))
+        elif self.thinking.think in ("always", "once"):
             thinks = torch.ones(len(h_base), dtype=torch.bool, device=h_base.device)
             logits = self._mix(h_base, self._think(self.cache, thinks))
         else:
@@ -259,10 +263,30 @@ class ThinkingModel(GenerationMixin):
         }
         ids, lengths, ends = cache.run(("think", sampling), think, inputs)
         ends = ends.masked_fill((ids < 0).any(-1)[..., None], torch.nan)  # that thought isn't the model's
+        self.latest = ids, lengths
         if self.thinking.on_thoughts is not None:
             on = sampled(lengths, T) & thinks[:, None, None]
             self.thinking.on_thoughts(ids.masked_fill(~on, -1))
         return ends
+
+    def _behind(
+        self, thoughts: tuple[Tensor, Tensor], prompt: int, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """States [B,D] of the text and [B,N,D] of its end behind the thoughts about a prompt, which predict the next token.
+
+        As in training, where the text goes on behind a thought, and with one packed forward of all, which keeps nothing.
+        """
+        self.longest += 1
+        self._check_room()
+        (ids, lengths), J = thoughts, input_ids.shape[1] - prompt + 1
+        thinker = self.thinker.predicting(self.N, J)
+        longer = pad(input_ids, (0, 1))  # nothing reads the token that is to be predicted
+        mask = None if attention_mask is None else pad(attention_mask, (0, 1), value=1)
+        anchors = torch.full((len(input_ids), 1), prompt - 1, device=input_ids.device)
+        own = None if self.sampling.stop is None else lengths[:, None]
+        layout = thinker.layout(longer, mask, anchors, thought_lengths=own)
+        text, ahead, _ = thinker.packed_states(layout, longer, ids[:, None], own)
+        return text[:, -2], ahead[:, 0, :, -1]
 
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Log-probabilities [B,V] from states of the text [B,D] and of thoughts [B,N,D], whose probabilities are averaged."""

@@ -1,5 +1,7 @@
 """Generation with thoughts against a slow generator that runs everything anew, packed, for every token of every thought."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import softmax
@@ -141,6 +143,28 @@ def test_ways_to_think(thinker, case):
     assert int((seen[0][:, 0, 0] >= 0).sum()) == (1 if case == "threshold" else 3)
 
 
+@pytest.mark.parametrize("stop", [{}, {"end_token_id": 60, "stop_threshold": 1 / 61}])
+@pytest.mark.parametrize("name", ["mistral", "qwen3_5_text"])
+def test_tokens_behind_one_thought_are_predicted_as_in_training(thinker, name, stop):
+    """The mean of what the differentiable pass predicts for the next tokens behind the same thoughts, in every place."""
+    qs = thinker(name, **stop).eval()
+    _, ids, mask = prompts()
+    seen = []
+    how = {"think": "once", "thoughts": 2, "sample_thoughts": True, "seed": 5, "on_thoughts": seen.append}
+    tokens, logits = fast_generate(qs, ids, mask, **how)
+    assert len(seen) == 1 and (len({int(n) for n in (seen[0] >= 0).sum(-1).flatten()}) > 1) == bool(stop)
+    trained = qs.with_config(replace(qs.thought_config, thoughts=2, lookahead=NEW, reward="gain", advantage="relu"))
+    longer, ones = torch.cat([ids, tokens], 1), torch.ones_like(tokens)
+    lengths = (seen[0] >= 0).sum(-1)[:, None]
+    given = {"thought_ids": seen[0].clamp(min=0)[:, None], "thought_lengths": lengths if stop else None}
+    with torch.no_grad():
+        out = trained(longer, torch.cat([mask, ones], 1), anchors=torch.full((2, 1), ids.shape[1] - 1), **given)
+    got = logits.gather(2, tokens[..., None])[..., 0]
+    torch.testing.assert_close(got.exp(), (-out.nll_mix[:, 0]).exp().mean(1), rtol=1e-4, atol=1e-6)
+    always, _ = fast_generate(qs, ids, mask, **{**how, "think": "always"})
+    assert torch.equal(always[:, 0], tokens[:, 0]) and len(seen) == 1 + NEW
+
+
 def test_sampled_tokens_are_those_of_a_slow_generator(qs):
     texts, ids, mask = prompts()
     ids = ids + (1 - mask)  # pads with 1, which no text holds: the penalty sees padding
@@ -257,7 +281,7 @@ def test_start_and_end_ids_do_not_enter_the_text(thinker):
         assert first not in tokens and second not in tokens
 
 
-@pytest.mark.parametrize("think", ["always", "never", 1.0])
+@pytest.mark.parametrize("think", ["always", "once", "never", 1.0])
 def test_prompts_without_a_meaning(qs, think):
     _, ids, mask = prompts()
     with pytest.raises(ValueError, match="at least one text of one token"):
