@@ -157,6 +157,7 @@ class Seed:
         if arm != "quiet-star":
             return found
         return found | {
+            "always": self._each(partial(thinking, qs, tokenizer, think="always")),
             "without": self._each(partial(writing, qs.model, tokenizer)),
             "worth": self._each(partial(worth, qs, tokenizer)),
             "sampled": self._each(partial(sampled, qs, tokenizer)),

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from quietstar import QuietStar
-from quietstar.evaluation.scoring import one_thought
 from quietstar.run.batches import Example, batches_of
 
 EVAL_BATCH = 32
@@ -41,14 +40,14 @@ class Unless(LogitsProcessor):
 
 
 @torch.no_grad()
-def thinking(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, list[str]]:
-    """What ``generate`` writes after each question, greedy, with a greedy thought before each token, and the first of these."""
+def thinking(qs: QuietStar, tokenizer: Any, some: Sequence[Problem], think: str = "once") -> dict[str, list[str]]:
+    """What ``generate`` writes after each question, greedy, with greedy thoughts, and the first of these."""
     found: dict[str, list[str]] = {"texts": [], "thoughts": []}
     qs.eval()
     for batch in _prompts(tokenizer, some):
         thoughts: list[Tensor] = []
         out = qs.generate(
-            **batch, max_new_tokens=NEW_TOKENS, do_sample=False, **_ends(tokenizer),
+            **batch, max_new_tokens=NEW_TOKENS, think=think, do_sample=False, **_ends(tokenizer),
             on_thoughts=lambda chosen, thoughts=thoughts: thoughts.append(chosen[:, 0]),
         )  # fmt: skip
         found["texts"] += _after(tokenizer, batch, out)
@@ -118,8 +117,7 @@ def worth(qs: QuietStar, tokenizer: Any, some: Sequence[Problem]) -> dict[str, l
 def predict(qs: QuietStar, examples: Sequence[Example]) -> tuple[list[float], list[float]]:
     """-log p of each answer without the thought before it and with it, nats."""
     J = qs.thought_config.lookahead
-    thinker = qs.with_config(replace(one_thought(qs).thought_config, lookahead=J)).thinker
-    found = []
+    thinker, found = qs.thinker.predicting(1, J), []
     for chosen, batch in batches_of(examples, EVAL_BATCH, qs.start_embedding.device):
         layout = thinker.layout(batch["input_ids"], batch["attention_mask"], batch["anchors"])
         text, thought = thinker.states(layout, batch["input_ids"], batch["thought_ids"])

@@ -5,6 +5,7 @@ what thoughts are worth in the solutions themselves.
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,27 +16,25 @@ from typing import Any
 import torch
 from natural_text import with_each_thought
 from phases import Phase
+from pretrained_problems import ids
 from pretrained_training import LORA, PLAIN, think, training
 from torch import Tensor
 
 from quietstar import QuietStar, ThoughtConfig
-from quietstar.checkpoints.pretrained import load_tokenizer
+from quietstar.checkpoints.pretrained import load_model, load_tokenizer
 from quietstar.config import AdapterConfig
 from quietstar.data.sources import hub_rows
-from quietstar.data.texts import DataConfig, load_data
 from quietstar.evaluation.questions.asking import scored_answers
-from quietstar.evaluation.questions.reading import read_questions
-from quietstar.evaluation.scoring import one_thought
+from quietstar.evaluation.questions.reading import Question, read_questions
 from quietstar.files.reading import json_lines
 from quietstar.files.writing import write_whole
 from quietstar.run.batches import Example, batches_of
 from quietstar.training import train
 
-# At the eight tokens of a text that are hardest to predict.
-THOUGHTS = ThoughtConfig(preset="lora", thoughts=2, thought_tokens=8, lookahead=4, anchors="entropy", anchor_count=8)
-LENGTH, TEXTS = 96, 8  # tokens of a text, texts of an update
-ARMS = {"base": (THOUGHTS, 0), "quiet-star": (THOUGHTS, TEXTS), "plain": (PLAIN, 4 * TEXTS)}
-TEMPERATURES = [0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0]
+THOUGHTS = ThoughtConfig(preset="lora", thoughts=2, thought_tokens=8, lookahead=4)
+LENGTH, PLACES, TEXTS = 192, 8, 8  # tokens of a text, thoughts in it, texts of an update
+ARMS = {"base": (THOUGHTS, 0), "plain": (PLAIN, 4 * TEXTS), "quiet-star": (THOUGHTS, TEXTS)}
+TEMPERATURES = [0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0]
 EVAL_BATCH = 16
 
 
@@ -56,67 +55,96 @@ class Solutions:
             yield Phase(self.folder / f"{arm}.json", partial(self.arm, arm))
 
     def read(self) -> dict[str, Any]:
-        """Questions, and texts with their written solutions, without the marks for a calculator."""
+        """The rows in files, without the marks for a calculator."""
         counts: dict[str, Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for split, most in (("train", None), ("test", self.questions)):
             file = Path(self.source, f"{split}.jsonl")
             rows = [row for _, row in json_lines(file)] if file.exists() else hub_rows(self.source, split, None)
             rows = [{"question": x["question"], "answer": re.sub("<<.*?>>", "", x["answer"])} for x in rows][:most]
-            texts = [{"text": f"Q: {x['question']}\nA: {x['answer']}"} for x in rows]
-            for name, written in (("questions", rows), ("texts", texts)):
-                lines = (json.dumps(x) + "\n" for x in written)
-                write_whole(self.folder / f"{split}-{name}.jsonl", "".join(lines))
+            write_whole(self.folder / f"{split}.jsonl", "".join(json.dumps(x) + "\n" for x in rows))
             counts[split] = len(rows)
         return counts
 
     def arm(self, arm: str) -> dict[str, Any]:
         config, lines = ARMS[arm]
         tokenizer = load_tokenizer(self.model)
-        read = load_data(self._texts("train"), tokenizer, THOUGHTS.lookahead)
         torch.manual_seed(0)
         qs = think(self.model, tokenizer, config)
         if lines:
             qs.add_adapters(AdapterConfig(lora_rank=LORA))
-            train(qs, read.train, training(self.folder / arm, self.steps, lines, 0, 1e-4), resume="auto")
+            rows = [row for _, row in json_lines(self.folder / "train.jsonl")]
+            some = random.Random(0).sample(rows, min(len(rows), self.steps * lines))
+            texts = solutions(self.model, tokenizer, some, PLACES if arm == "quiet-star" else 1)
+            train(qs, texts, training(self.folder / arm, self.steps, lines, 0, 1e-4), resume="auto")
         qs.eval()
-        found: dict[str, Any] = {"probability": probabilities(qs, self.folder / "test-questions.jsonl", arm == "quiet-star")}
+        questions = read_questions(str(self.folder / "test.jsonl"))
+        ways = ("own", "constant", "another") if arm == "quiet-star" else ()
+        found: dict[str, Any] = {
+            "right": log_probabilities(qs, questions, ways),
+            "other": log_probabilities(qs, with_other_answers(questions), ways),
+        }
         if arm == "quiet-star":
-            some = load_data(self._texts("test"), tokenizer, THOUGHTS.lookahead).train[: self.texts]
-            found["text"] = losses(qs, some)
+            rows = [row for _, row in json_lines(self.folder / "test.jsonl")][: self.texts]
+            found["text"] = losses(qs, solutions(self.model, tokenizer, rows, PLACES))
         return found
 
-    def _texts(self, split: str) -> DataConfig:
-        return DataConfig(str(self.folder / f"{split}-texts.jsonl"), length=LENGTH, pack=False, held_out=0)
 
-
-def probabilities(qs: QuietStar, questions: Path, thinks: bool) -> dict[str, list[float]]:
-    """The published figure, zero-shot: of each question the probability of the right answer's tokens, by the thoughts before
-    each: none, and of a model that thinks its own or a constant one.
+@torch.no_grad()
+def solutions(model: str, tokenizer: Any, rows: Sequence[dict[str, str]], places: int) -> list[Example]:
+    """Questions with their solutions, whose tokens alone have labels. Anchors are where the prediction of the next token has
+    the highest entropy in the model before any training.
     """
-    scored = scored_answers(qs, read_questions(str(questions)))
+    base = load_model(model, dtype="float32").eval()
+    found: list[Example] = []
+    for row in rows:
+        asked = ids(tokenizer, f"Q: {row['question']}\nA:")
+        text = torch.tensor((asked + ids(tokenizer, f" {row['answer']}\n"))[:LENGTH])
+        first, last = len(asked) - 1, len(text) - 2 - THOUGHTS.lookahead  # where all J tokens and one more follow
+        if last - first < places:
+            continue
+        logits = base(text[None]).logits[0, first : last + 1] if places > 1 else torch.zeros(last + 1 - first, 1)
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        anchors = first + entropy.topk(places).indices.sort().values
+        found.append({"input_ids": text, "labels": text.index_fill(0, torch.arange(first + 1), -100), "anchors": anchors})
+    return found
+
+
+def with_other_answers(questions: Sequence[Question]) -> list[Question]:
+    """Each with the answer of another, as long: what rises with this one's probability isn't reasoning."""
+    found = list(questions)
+    for length in {len(x.written) for x in questions}:
+        places = [i for i, x in enumerate(questions) if len(x.written) == length]
+        for i, other in zip(places, places[1:] + places[:1], strict=True):
+            found[i] = replace(questions[i], answer=questions[other].answer, written=questions[other].written)
+    return found
+
+
+def log_probabilities(qs: QuietStar, questions: Sequence[Question], ways: Sequence[str]) -> dict[str, list[float]]:
+    """The published figure, zero-shot: of each question log p of the answer's tokens, among those that an answer can have, by
+    the thoughts before each: none, and those of ``ways``.
+    """
+    scored = scored_answers(qs, questions)
     texts = [{"input_ids": torch.tensor(x.ids), "anchors": torch.tensor(x.places) - 1} for x in scored]
     found: dict[str, list[float]] = {}
-    for way, examples in ways(qs, texts, ("own", "constant") if thinks else ()).items():
+    for way, examples in by_thoughts(qs, texts, ways).items():
         base, mixed = [0.0] * len(texts), [0.0] * len(texts)
         for i, targets, _, *both in predictions(qs, examples):
             allowed = scored[i].allowed
             for out, logprobs in zip((base, mixed), both, strict=True):
                 kept = logprobs[:, allowed].log_softmax(-1)
-                out[i] = float(kept[allowed == targets[:, None]].double().sum().exp())
-        found |= {"none": base} | ({way: mixed} if thinks else {})
+                out[i] = float(kept[allowed == targets[:, None]].double().sum())
+        found |= {"none": base} | ({way: mixed} if way else {})
     return found
 
 
 def losses(qs: QuietStar, texts: Sequence[Example]) -> dict[str, Any]:
-    """What thoughts are worth where the model would think in free text: of each text and temperature of the prediction the mean
-    of -log p of the tokens there, nats, and of each text the mean mixing weight, by the thoughts before these tokens.
+    """Of each text and temperature of the prediction the mean of -log p of the tokens after its anchors, nats, and of each text
+    the mean mixing weight, by the thoughts before these tokens.
     """
-    anchors = [qs.choose_anchors(text["input_ids"][None])[0] for text in texts]
-    chosen = [{**text, "anchors": places} for text, places in zip(texts, anchors, strict=True)]
     nats: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
-    for way, examples in ways(qs, chosen, ("own", "another", "constant", "random")).items():
+    for way, examples in by_thoughts(qs, texts, ("own", "another", "constant", "random")).items():
         weights[way] = [0.0] * len(texts)
         for name in ("none", way):
             nats[name] = [[] for _ in texts]
@@ -128,11 +156,11 @@ def losses(qs: QuietStar, texts: Sequence[Example]) -> dict[str, Any]:
     return {"temperatures": TEMPERATURES, "nats": nats, "weights": weights}
 
 
-def ways(qs: QuietStar, texts: Sequence[Example], names: Sequence[str]) -> dict[str, Sequence[Example]]:
-    """The texts by the thoughts at their anchors; without names some that are not used."""
-    if names:
-        found = with_each_thought(qs.with_config(replace(qs.thought_config, anchors="all")), texts, EVAL_BATCH)
-        return {name: found[name] for name in names}
+def by_thoughts(qs: QuietStar, texts: Sequence[Example], ways: Sequence[str]) -> dict[str, Sequence[Example]]:
+    """The texts by the thoughts at their anchors; without ways some that are not used."""
+    if ways:
+        found = with_each_thought(qs, texts, EVAL_BATCH)
+        return {way: found[way] for way in ways}
     T = qs.thought_config.thought_tokens
     return {"": [{**x, "thought_ids": torch.zeros(len(x["anchors"]), 1, T, dtype=torch.long)} for x in texts]}
 
@@ -142,7 +170,7 @@ def predictions(qs: QuietStar, examples: Sequence[Example]) -> Iterator[tuple[in
     """Of each example its index, the tokens [P] after its anchors, the mixing weights [P], and the log-probabilities [P,V] of
     these tokens without thoughts and with them.
     """
-    thinker = one_thought(qs).thinker
+    thinker = qs.thinker.predicting(1, 1)
     for chosen, batch in batches_of(examples, EVAL_BATCH, qs.start_embedding.device):
         layout = thinker.layout(batch["input_ids"], batch["attention_mask"], batch["anchors"])
         text, thought = thinker.states(layout, batch["input_ids"], batch["thought_ids"])

@@ -121,19 +121,17 @@ def problems(count: int, seed: int, part: str, numbers: dict[tuple[str, str], li
     return list(found.values())
 
 
-def line(tokenizer: Any, problem: Problem, aside: str = "", place: float = 0.0) -> Example:
-    """The tokens of a problem with its answer, and between them an aside in brackets.
+def line(tokenizer: Any, problem: Problem, aside: str = "", ends: int = 1) -> Example:
+    """The tokens of a problem with its answer and ``ends`` end tokens, and between them an aside in brackets; the anchor is the
+    colon after A.
 
-    Each part has tokens of its own, so that the answer's are the same with and without an aside. The anchor is the colon after
-    A or, by ``place`` from 0 to 1, one of the answer's tokens after it that has another of the number behind it.
+    Each part has tokens of its own, so that the answer's are the same with and without an aside.
     """
     asked = ids(tokenizer, problem.asked)
     between = ids(tokenizer, f"{MARK}{aside})") if aside else []
-    number = ids(tokenizer, f" {problem.answer}")
-    text = asked + between + number + ids(tokenizer, ".") + [tokenizer.eos_token_id]
+    text = asked + between + ids(tokenizer, f" {problem.answer}.") + [tokenizer.eos_token_id] * ends
     labels = [-100] * len(asked) + text[len(asked) :]  # names and numbers can't be predicted
-    anchor = len(asked) - 1 + int(place * len(number))
-    return {"input_ids": torch.tensor(text), "labels": torch.tensor(labels), "anchors": torch.tensor([anchor])}
+    return {"input_ids": torch.tensor(text), "labels": torch.tensor(labels), "anchors": torch.tensor([len(asked) - 1])}
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,10 @@ from quietstar.files.writing import write_whole
 
 PARTS = {"test": "new numbers", "new": "new stories"}
 TITLES = {"form": "Choosing between two asides that were practised", "steps": "Better steps"}
+SEEDS = {"form": ("100", "101", "102"), "steps": ("100", "101", "102", "103", "104")}  # of the claims
 OURS = "quiet-star", "answers"
 GATE = 0.05  # of sampled thoughts
-# What answers, by arm and measurement; all but GOLD are rivals of the claim.
+# What answers, by arm and measurement; all but OURS, BESIDE and GOLD are rivals of the claim.
 ROWS = {
     OURS: "**Quiet-STaR, thinking**",
     ("head", "answers"): "the start, thinking, with a trained mixing head",
@@ -42,7 +44,9 @@ ROWS = {
     ("warm", "forced"): "the same, kept from the aside that doesn't help",
     ("warm", "vote"): "a vote of four of its asides",
     ("quiet-star", "without"): "Quiet-STaR's model, not thinking",
+    ("quiet-star", "always"): "Quiet-STaR's model, a new thought before each token",
 }
+BESIDE = "quiet-star", "always"  # what was trained is a thought before the answer
 GOLD = {"steps": {("chains", "answers")}}  # right chains, which the others must find there
 WAYS = {
     "none": "no thought",
@@ -69,21 +73,22 @@ def write(out: Path, problems: dict[str, list[Problem]], folder: Path) -> tuple[
         arms.update(found)
         if len({result.get("start") for result in arms.values()}) > 1:
             raise ValueError(f"{path}: {seed.parent.name}, seed {seed.name}: arms of different starts: train them from one")
-    write_whole(path, as_json(rounded({"problems": asked, "results": results})))
+    results = rounded(results)
+    write_whole(path, as_json({"problems": asked, "results": results}))
     blocks, verdicts = [], []
     for name, title in TITLES.items():
-        if name in results:
+        if any("quiet-star" in arms for arms in results.get(name, {}).values()):
             found = Results(name, dict(sorted(results[name].items())), asked[name])
             verdicts.append(found.verdict())
-            blocks += [f"### {title}", f"**{verdicts[-1]}**", *found.tables()]
+            blocks += [f"### {title}", f"**{verdicts[-1]}**", found.better_steps(), *found.tables()]
             if can_draw():
                 found.draw(folder / f"pretrained_{name}.png")
                 blocks.append(f"![Rewards and right answers, by update](pretrained_{name}.png)")
-    if "tuning" in results:
-        blocks += ["### Learning rates", tuned(results["tuning"], asked["form"]["valid"])]
+    if any(" " in name for name in results.get("tuning", {}).get("99", {})):
+        blocks += ["### Learning rates", tuned(results["tuning"]["99"], asked["form"]["valid"])]
     if "sums" in results:
         blocks += ["### The gate: sums alone", gate(results["sums"], asked["sums"]["valid"])]
-    if "gsm8k" in results:
+    if results.get("gsm8k", {}).get("0", {}).keys() >= {"base", "plain", "quiet-star"}:
         found = gsm8k(results["gsm8k"]["0"])
         verdicts.append(found[0])
         blocks += ["### GSM8K", f"**{found[0]}**", *found[1:]]
@@ -96,11 +101,11 @@ class Results:
     """Of a setting: by seed and arm, what was measured."""
 
     def __init__(self, name: str, seeds: dict[str, Arms], problems: dict[str, list[dict[str, Any]]]):
-        self.seeds, self.problems = seeds, problems
+        self.name, self.seeds, self.problems = name, seeds, problems
         self.rows = {row: words for row, words in ROWS.items() if any(self.has(row, arms) for arms in seeds.values())}
         setting = SETTINGS[name]
         wanted = [row for row in ROWS if row[0] in ("warm", *setting.arms) and (setting.forced or row[1] != "forced")]
-        self.rivals = [row for row in wanted if row not in {OURS, *GOLD.get(name, ())}]
+        self.rivals = [row for row in wanted if row not in {OURS, BESIDE, *GOLD.get(name, ())}]
 
     def has(self, row: tuple[str, str], arms: Arms) -> bool:
         return row[1] in arms.get(row[0], {})
@@ -116,11 +121,13 @@ class Results:
 
     def verdict(self) -> str:
         """The claim: on new numbers more answers are right than of each rival, in the mean over seeds and in each seed."""
+        claimed = {seed: self.seeds.get(seed, {}) for seed in SEEDS[self.name]}
         having = {seed: arms for seed, arms in self.seeds.items() if self.has(OURS, arms)}
-        missing = [f"{ROWS[row]}, seed {x}" for row in self.rivals for x, arms in having.items() if not self.has(row, arms)]
+        missing = [f"{ROWS[x]}, seed {n}" for n, arms in claimed.items() for x in (OURS, *self.rivals) if not self.has(x, arms)]
+        missing += [f"a claim on seed {seed}" for seed in having if seed not in claimed]
         compared = {row: self.gaps(row, "test") for row in self.rivals if any(self.has(row, arms) for arms in having.values())}
         if not compared:
-            return "Nothing to compare yet."
+            return "The claim is not tested yet: nothing to compare."
         bounds = {row: mean_interval(gaps) for row, gaps in compared.items()}
         mean, low, high = bounds[best := min(bounds, key=lambda row: bounds[row][0])]
         which = "is open"
@@ -138,6 +145,19 @@ class Results:
             f"The claim {which}. Quiet-STaR's right answers: {mean:+.2f}{interval} over those of the best rival, {ROWS[best]}; "
             f"above every rival in {above} of {len(having)} seeds."
         )
+
+    def better_steps(self) -> str:
+        """What the steps of the thoughts that answer gained, beside asides of the start and thoughts without the reward."""
+        shown = []
+        for row in (("warm", "aside"), ("no-reward", "answers")):
+            both = [arms for arms in self.seeds.values() if self.has(OURS, arms) and self.has(row, arms)]
+            gains = [self._right_chains(OURS, arms) - self._right_chains(row, arms) for arms in both]
+            shown.append(f"{_mean(gains, '+')} over {ROWS[row]} ({sum(x > 0 for x in gains)} of {len(gains)} seeds)")
+        return f"Right chains of Quiet-STaR's thoughts, new numbers: {', '.join(shown)}."
+
+    def _right_chains(self, row: tuple[str, str], arms: Arms) -> float:
+        asides = _asides(arms[row[0]][row[1]]["test"])
+        return fmean(text.startswith(f"{x['chain']})") for text, x in zip(asides, self.problems["test"], strict=True))
 
     def tables(self) -> Iterator[str]:
         """Right answers, gains over rivals, chains, and what thoughts are worth."""
@@ -208,7 +228,7 @@ class Results:
 
     def _examples(self, count: int = 4) -> str:
         """The first held-out problems with what was thought before and after training."""
-        seed, arms = next((seed, arms) for seed, arms in self.seeds.items() if "quiet-star" in arms)
+        seed, arms = next((seed, arms) for seed, arms in self.seeds.items() if self.has(OURS, arms))
         before, after = (arms[arm][kind]["test"] for arm, kind in (("warm", "aside"), OURS))
         lines = []
         for i, problem in enumerate(self.problems["test"][:count]):
@@ -236,14 +256,11 @@ class Results:
         save(figure, path)
 
 
-def tuned(seeds: dict[str, Arms], problems: list[dict[str, Any]]) -> str:
+def tuned(arms: Arms, problems: list[dict[str, Any]]) -> str:
     """The learning rates that were tried."""
-    found = [
-        [*name.split(), _number(right_share(x["answers"]["valid"]["texts"], problems))]
-        for arms in seeds.values() for name, x in arms.items() if " " in name
-    ]  # fmt: skip
+    shares = {name: right_share(x["answers"]["valid"]["texts"], problems) for name, x in arms.items() if " " in name}
     words = "Right answers to problems for validation, by learning rate, with the seed for tuning:\n\n"
-    return words + markdown(["arm", "rate", "right answers"], found)
+    return words + markdown(["arm", "rate", "right answers"], [[*name.split(), f"{x:.2f}"] for name, x in shares.items()])
 
 
 def gate(seeds: dict[str, Arms], problems: list[dict[str, Any]]) -> str:
@@ -260,39 +277,70 @@ def gsm8k(arms: Arms) -> list[str]:
     """Whether own thoughts make right answers more probable than in each other row; the rows; what thoughts are worth."""
     rows = {
         "**Quiet-STaR, thinking**": ("quiet-star", "own"),
+        "the same, another question's thoughts": ("quiet-star", "another"),
         "the same, one constant thought": ("quiet-star", "constant"),
         "the same, not thinking": ("quiet-star", "none"),
         "plain training on four times the text": ("plain", "none"),
         "before training": ("base", "none"),
     }
-    found = {words: arms[arm]["probability"][way] for words, (arm, way) in rows.items() if arm in arms}
-    ours, *rivals = found
-    gaps = {words: [x - y for x, y in zip(found[ours], found[words], strict=True)] for words in rivals}
-    bounds = [mean_interval(gap) for gap in gaps.values()]
-    which = "holds" if all(low > 0 for _, low, _ in bounds) else "does not hold"
-    lines = [[words, _small(values), _small(gaps[words], "+") if words in gaps else ""] for words, values in found.items()]
-    head = [f"probability of the right answer, mean over {len(found[ours])} questions", "Quiet-STaR, thinking, over it"]
-    text = arms["quiet-star"]["text"]
-    at = text["temperatures"].index(1.0)
-    fitted = []
-    for way, words in {"none": WAYS["none"], "own": "own thoughts", **WAYS}.items():
-        nats = text["nats"][way]
-        best = min(range(len(text["temperatures"])), key=lambda x: fmean(each[x] for each in nats[::2]))
-        losses = (fmean(each[x] for each in nats[1::2]) for x in (at, best))
-        weight = f"{fmean(text['weights'][way]):.2f}" if way in text["weights"] else ""
-        fitted.append([words, *(f"{loss:.4f}" for loss in losses), f"{text['temperatures'][best]:g}", weight])
-    columns = ["before the token", "loss", "loss, at a fitted temperature", "this temperature", "mixing weight"]
+    logp = {words: (arms[arm]["right"][way], arms[arm]["other"][way]) for words, (arm, way) in rows.items()}
+    p = {words: list(map(math.exp, right)) for words, (right, _) in logp.items()}
+    ours, *rivals = rows
+    gaps = {words: _less(p[ours], p[words]) for words in rivals}
+    which = "holds" if all(_interval(gap)[1] > 0 for gap in gaps.values()) else "does not hold"
+    lines = [
+        [words, _small(p[words]), _small(gaps[words], "+") if words in gaps else "", _small(_less(*logp[words]), "+")]
+        for words in rows
+    ]
+    head = [
+        f"probability of the right answer, mean over {len(p[ours])} questions",
+        "Quiet-STaR, thinking, over it",
+        "log p over another answer's that is as long, nats",
+    ]
     return [
         f"The claim {which}: right answers are more probable with own thoughts than in every other row.",
         markdown(["", *head], lines),
-        "What thoughts are worth in the test's solutions, where the model would think: the loss of the next token, nats, on "
-        f"every other text; the temperature of the prediction is fitted on the rest:\n\n{markdown(columns, fitted)}",
+        _worth_in_text(arms["quiet-star"]["text"]),
     ]
 
 
-def _small(values: Sequence[float], sign: str = "") -> str:
+def _worth_in_text(text: dict[str, Any]) -> str:
+    """Losses by thoughts, at temperature 1 and at one that is fitted on the other half of the texts."""
+    temperatures, nats = text["temperatures"], text["nats"]
+    fitted = {way: min(range(len(temperatures)), key=lambda i: fmean(x[i] for x in nats[way][::2])) for way in nats}
+
+    def loss(way: str, temperature: int) -> list[float]:
+        return [x[temperature] for x in nats[way][1::2]]
+
+    one = temperatures.index(1.0)
+    own = loss("own", one), loss("own", fitted["own"])
+    lines = []
+    for way, words in {"own": "own thoughts", **WAYS}.items():
+        gains = [_less(loss(way, one), own[0]), _less(loss(way, fitted[way]), own[1])]
+        shown = ["", ""] if way == "own" else [_small(gain, "+") for gain in gains]
+        weight = f"{fmean(text['weights'][way]):.2f}" if way in text["weights"] else ""
+        lines.append([words, f"{fmean(loss(way, one)):.4f}", *shown, f"{temperatures[fitted[way]]:g}", weight])
+    head = ["", "loss", "own thoughts over it", "each at its temperature", "that temperature", "mixing weight"]
+    words = (
+        "What thoughts are worth in the test's solutions, where they stand: the loss of the next token, nats, on every other "
+        "text; temperatures of the prediction are fitted on the rest"
+    )
+    return f"{words}:\n\n{markdown(head, lines)}"
+
+
+def _less(some: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(some, others, strict=True)]
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the lower end of its interval."""
     mean, low, _ = mean_interval(values)
-    return f"{mean:{sign}.4f}" if low is None else f"{mean:{sign}.4f} ± {mean - low:.4f}"
+    return mean, mean if low is None else low
+
+
+def _small(values: Sequence[float], sign: str = "") -> str:
+    mean, low = _interval(values)
+    return f"{mean:{sign}.4f} ± {mean - low:.4f}"
 
 
 def cost(results: dict[str, dict[str, Arms]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pretrained_problems import (
     Triple,
     chain_lines,
     form_lines,
+    ids,
     line,
     problems,
     sum_lines,
@@ -30,7 +30,7 @@ from quietstar.data.filtering import ThoughtFilter
 from quietstar.run.batches import Example
 from quietstar.training import train
 
-THOUGHTS = ThoughtConfig(preset="lora", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=" (")
+THOUGHTS = ThoughtConfig(preset="lora", thoughts=4, thought_tokens=16, lookahead=3, embedding_init=MARK)
 # As text, a thought is the aside that the warm start writes.
 RLP = ThoughtConfig(
     preset="rlp", thoughts=4, thought_tokens=16, lookahead=3, anchors="all", thought_start=" (", thought_end=")"
@@ -143,10 +143,9 @@ def train_arm(
     """The trained model with its tokenizer. ``head``: the run of arm "head", whose thoughts are chosen from."""
     tokenizer = load_tokenizer(warm)
     asked = setting.problems(arm.lines * steps, seed + 1000, "train")
-    lines: Sequence[Example] = [line(tokenizer, problem, problem.chain if arm.chains else "") for problem in asked]
-    if arm.thinks.mix_weight:  # at one of the places where ``generate`` will think before the answer's tokens
-        rng = random.Random(f"places {seed}")
-        lines = [line(tokenizer, problem, place=rng.random()) for problem in asked]
+    # A thought is rewarded where all J tokens follow, and kept where one more does: " 7.", and then ends.
+    ends = setting.lookahead - 2
+    lines: Sequence[Example] = [line(tokenizer, x, x.chain if arm.chains else "", ends) for x in asked]
     if arm.star:
         lines = right_asides(warm, tokenizer, asked)
     torch.manual_seed(seed)  # for the mixing head and the adapters
@@ -186,7 +185,13 @@ def right_asides(warm: str, tokenizer: Any, asked: Sequence[Problem]) -> list[Ex
 
 
 def think(warm: str, tokenizer: Any, config: ThoughtConfig) -> QuietStar:
-    return QuietStar(load_model(warm, dtype="float32"), config, tokenizer)
+    """Thoughts begin and end as an aside does: those that were practised aren't understood after another vector."""
+    qs = QuietStar(load_model(warm, dtype="float32"), config, tokenizer)
+    if config.embedding_init == MARK:
+        with torch.no_grad():
+            (bracket,) = ids(tokenizer, ")")
+            qs.end_embedding.copy_(qs.model.get_input_embeddings().weight[bracket] / config.embedding_scale)
+    return qs
 
 
 def training(out: Path, steps: int, lines: int, seed: int, rate: float, **options: Any) -> TrainConfig:
