@@ -57,9 +57,9 @@ GSM8K = "gsm8k"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it: seeds, the share of the updates, numbers of problems by part, what is done, and what is trained."""
+    """How much of it: how many seeds, the share of the updates, numbers of problems by part, what is done and trained."""
 
-    seeds: tuple[int, ...]
+    seeds: int | None  # None: all
     updates: float
     problems: dict[str, int]
     questions: int | None = None  # of GSM8K, None: all
@@ -72,9 +72,9 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size((100,), 0.01, {"valid": 4, "test": 4, "new": 4}, 4, 4),
-    "quick": Size((100,), 0.2, {"valid": 8, "test": 32, "new": 8}, parts=("form",), arms=("head", "quiet-star")),
-    "full": Size((100, 101, 102), 1.0, {"valid": 80, "test": 160, "new": 80}),
+    "tiny": Size(1, 0.01, {"valid": 4, "test": 4, "new": 4}, 4, 4),
+    "quick": Size(1, 0.2, {"valid": 8, "test": 32, "new": 8}, parts=("form",), arms=("head", "quiet-star")),
+    "full": Size(None, 1.0, {"valid": 80, "test": 160, "new": 80}),
 }
 
 
@@ -181,7 +181,7 @@ class Seed:
 
 
 def phases(
-    size: Size, parts: Sequence[str], seeds: Sequence[int], arms: Sequence[str], model: str, gsm8k: str, out: Path
+    size: Size, parts: Sequence[str], seeds: Sequence[int] | None, arms: Sequence[str], model: str, gsm8k: str, out: Path
 ) -> Iterator[Phase]:
     """All of them in their order; each may need what those before it wrote."""
     if not model:
@@ -190,14 +190,14 @@ def phases(
         model = str(folder)
     for part in parts:
         if part == GSM8K:
-            yield from Solutions(model, gsm8k, out / part / "0", size.steps(140), size.questions, size.texts).phases()
+            yield from Solutions(model, gsm8k, out / part / "0", size.steps(100), size.questions, size.texts).phases()
             continue
         setting = SETTINGS["form" if part == TUNING else part]
         if part == TUNING or not setting.arms:
             alone = Seed(setting, size, model, out / part / str(TUNING_SEED), TUNING_SEED, ("valid",))
             yield from alone.tuning(arms if part == TUNING else ())
         else:
-            for seed in seeds:
+            for seed in seeds or setting.seeds[: size.seeds]:
                 yield from Seed(setting, size, model, out / part / str(seed), seed).phases(arms)
 
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=(*SETTINGS, TUNING, GSM8K), help="default all but the tuning; size quick: form"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="default 100 to 102 of size full, else 100")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default those of the claims, or the first of them")
     described = f"what is trained from each start, default what the size says: {', '.join(ARMS)}"
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=described)
     parser.add_argument("--model", default="", help="a folder, GGUF file or hub name; default SmolLM2-135M-Instruct")
@@ -233,8 +233,8 @@ def main() -> None:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # what libraries say to each other's authors
     size, out = SIZES[options.size], options.out / options.size
-    parts, seeds, arms = options.parts or size.parts, options.seeds or size.seeds, options.arms or size.arms
-    todo = list(phases(size, parts, seeds, arms, options.model, options.gsm8k, out))
+    parts, arms = options.parts or size.parts, options.arms or size.arms
+    todo = list(phases(size, parts, options.seeds, arms, options.model, options.gsm8k, out))
     made_with = {"date": date.today().isoformat(), "torch": torch.__version__, "machine": device_name(torch.device("cpu"))}
     for number, phase in enumerate(todo):
         phase.run(**made_with)

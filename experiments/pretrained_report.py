@@ -25,7 +25,6 @@ from quietstar.files.writing import write_whole
 
 PARTS = {"test": "new numbers", "new": "new stories"}
 TITLES = {"form": "Choosing between two asides that were practised", "steps": "Better steps"}
-SEEDS = {"form": ("100", "101", "102"), "steps": ("100", "101", "102", "103", "104")}  # of the claims
 OURS = "quiet-star", "answers"
 GATE = 0.05  # of sampled thoughts
 # What answers, by arm and measurement; all but OURS, BESIDE and GOLD are rivals of the claim.
@@ -121,7 +120,7 @@ class Results:
 
     def verdict(self) -> str:
         """The claim: on new numbers more answers are right than of each rival, in the mean over seeds and in each seed."""
-        claimed = {seed: self.seeds.get(seed, {}) for seed in SEEDS[self.name]}
+        claimed = {seed: self.seeds.get(seed, {}) for seed in map(str, SETTINGS[self.name].seeds)}
         having = {seed: arms for seed, arms in self.seeds.items() if self.has(OURS, arms)}
         missing = [f"{ROWS[x]}, seed {n}" for n, arms in claimed.items() for x in (OURS, *self.rivals) if not self.has(x, arms)]
         missing += [f"a claim on seed {seed}" for seed in having if seed not in claimed]
@@ -153,7 +152,9 @@ class Results:
             both = [arms for arms in self.seeds.values() if self.has(OURS, arms) and self.has(row, arms)]
             gains = [self._right_chains(OURS, arms) - self._right_chains(row, arms) for arms in both]
             shown.append(f"{_mean(gains, '+')} over {ROWS[row]} ({sum(x > 0 for x in gains)} of {len(gains)} seeds)")
-        return f"Right chains of Quiet-STaR's thoughts, new numbers: {', '.join(shown)}."
+        ended = [f"{x[-1][0]} updates ({x[-1][1]:.2f})" for arms in self.seeds.values() if (x := arms["warm"].get("practice"))]
+        after = f" Practice ended after {', '.join(ended)}." if ended else ""
+        return f"Right chains of Quiet-STaR's thoughts, new numbers: {', '.join(shown)}.{after}"
 
     def _right_chains(self, row: tuple[str, str], arms: Arms) -> float:
         asides = _asides(arms[row[0]][row[1]]["test"])

@@ -94,6 +94,7 @@ class Setting:
         arms: what is trained from it; none where only the start is looked at.
         enough: the share of right chains, written, at which practice ends; it is looked at after each tenth of the updates.
         forced: a token that the control with asides that are asked for may not write until one of others stands there.
+        seeds: of the claim, all of them.
     """
 
     practises: Callable[..., list[Example]]
@@ -105,6 +106,7 @@ class Setting:
     thought_tokens: int = 16
     lookahead: int = 3
     forced: tuple[str, tuple[str, ...]] | None = None
+    seeds: tuple[int, ...] = (100, 101, 102)
 
     def thinks(self, config: ThoughtConfig) -> ThoughtConfig:
         """With thoughts as long as this setting's."""
@@ -119,7 +121,7 @@ SETTINGS = {
     "sums": Setting(sum_lines, forced=(")", (",",))),
     "steps": Setting(
         chain_lines, TWO_DIGITS, 200, 0.4, ("head", "quiet-star", "no-reward", "offline", "star", "grpo", "chains"),
-        thought_tokens=20, lookahead=4,
+        thought_tokens=20, lookahead=4, seeds=(100, 101, 102, 103, 104),
     ),
 }  # fmt: skip
 

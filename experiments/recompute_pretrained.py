@@ -204,8 +204,9 @@ def main():
             wrong.append(f"{where}: {row}: the page has {cells}, computed {expected}")
 
     for name, title in titles.items():
-        if name not in data["results"]:
-            continue
+        seeds = data["results"].get(name, {}).values()
+        if not any({"base", "plain"} <= set(arms) if name == "gsm8k" else "quiet-star" in arms for arms in seeds):
+            continue  # not tried yet
         if name == "gsm8k":
             tables, said = of_gsm8k(data["results"][name]["0"])
         else:

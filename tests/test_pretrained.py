@@ -131,7 +131,7 @@ def test_the_claim_is_against_the_best_rival(scripts, tmp_path):
         """Results in which so many of 20 answers are right, of arms that are not named 5."""
         rest = {"seconds": 60.0, "date": "2026-01-01", "torch": "2", "machine": "none", "start": str(number)}
         parts = ("test", "new")
-        arms = {}
+        arms = {"warm": rest | {"practice": [[20, 0.2], [40, 0.45]]}}
         for arm, kind in [row for row in report.ROWS if row[0] in ("warm", *setting.arms) and row[1] != "forced"]:
             n = right.get(arm.replace("-", "_"), 5) if kind == "answers" else 5
             thinks = (arm, kind) == report.OURS
@@ -161,6 +161,7 @@ def test_the_claim_is_against_the_best_rival(scripts, tmp_path):
         "The claim holds. Quiet-STaR's right answers: +0.10 (+0.10 to +0.10) over those of the best rival"
     )
     assert verdict.endswith("GRPO, writing an aside; above every rival in 5 of 5 seeds.")
+    assert "Practice ended after 40 updates (0.45), 40 updates" in page
     assert "| **Quiet-STaR, thinking** | 0.90 | 0.85 | 0.90 | 0.85 | 0.90 | 0.88 ± 0.03 |" in page
     # A script that shares no code with the report finds the same, and what doesn't agree.
     command = [sys.executable, "experiments/recompute_pretrained.py", str(tmp_path / "docs")]
