@@ -154,7 +154,9 @@ class Results:
             shown.append(f"{_mean(gains, '+')} over {ROWS[row]} ({sum(x > 0 for x in gains)} of {len(gains)} seeds)")
         ended = [f"{x[-1][0]} updates ({x[-1][1]:.2f})" for arms in self.seeds.values() if (x := arms["warm"].get("practice"))]
         after = f" Practice ended after {', '.join(ended)}." if ended else ""
-        return f"Right chains of Quiet-STaR's thoughts, new numbers: {', '.join(shown)}.{after}"
+        weights = [arms["quiet-star"]["metrics"]["weight"][-10:] for arms in self.seeds.values() if self.has(OURS, arms)]
+        weight = f" Its mixing weight in the last updates: {_mean([fmean(x) for x in weights if x])}."
+        return f"Right chains of Quiet-STaR's thoughts, new numbers: {', '.join(shown)}.{weight}{after}"
 
     def _right_chains(self, row: tuple[str, str], arms: Arms) -> float:
         asides = _asides(arms[row[0]][row[1]]["test"])
