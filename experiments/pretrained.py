@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import pretrained_report  # noqa: E402, from this folder
 import torch  # noqa: E402
 from phases import Phase  # noqa: E402
-from pretrained_evaluation import Unless, sampled, thinking, worth, writing  # noqa: E402
+from pretrained_evaluation import ANSWER_TOKENS, Unless, sampled, thinking, worth, writing  # noqa: E402
 from pretrained_gsm8k import Solutions  # noqa: E402
 from pretrained_problems import MARK, Problem  # noqa: E402
 from pretrained_training import ARMS, SETTINGS, THOUGHTS, Setting, think, train_arm, train_group_rl, warm_start  # noqa: E402
@@ -157,7 +157,7 @@ class Seed:
         if arm != "quiet-star":
             return found
         return found | {
-            "always": self._each(partial(thinking, qs, tokenizer, think="always")),
+            "always": self._each(partial(thinking, qs, tokenizer, think="always", new_tokens=ANSWER_TOKENS)),
             "without": self._each(partial(writing, qs.model, tokenizer)),
             "worth": self._each(partial(worth, qs, tokenizer)),
             "sampled": self._each(partial(sampled, qs, tokenizer)),

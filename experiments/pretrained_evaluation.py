@@ -18,6 +18,7 @@ from quietstar.run.batches import Example, batches_of
 
 EVAL_BATCH = 32
 NEW_TOKENS = 28  # of a chain with its answer
+ANSWER_TOKENS = 6  # " 143."
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,16 @@ class Unless(LogitsProcessor):
 
 
 @torch.no_grad()
-def thinking(qs: QuietStar, tokenizer: Any, some: Sequence[Problem], think: str = "once") -> dict[str, list[str]]:
+def thinking(
+    qs: QuietStar, tokenizer: Any, some: Sequence[Problem], think: str = "once", new_tokens: int = NEW_TOKENS
+) -> dict[str, list[str]]:
     """What ``generate`` writes after each question, greedy, with greedy thoughts, and the first of these."""
     found: dict[str, list[str]] = {"texts": [], "thoughts": []}
     qs.eval()
     for batch in _prompts(tokenizer, some):
         thoughts: list[Tensor] = []
         out = qs.generate(
-            **batch, max_new_tokens=NEW_TOKENS, think=think, do_sample=False, **_ends(tokenizer),
+            **batch, max_new_tokens=new_tokens, think=think, do_sample=False, **_ends(tokenizer),
             on_thoughts=lambda chosen, thoughts=thoughts: thoughts.append(chosen[:, 0]),
         )  # fmt: skip
         found["texts"] += _after(tokenizer, batch, out)
