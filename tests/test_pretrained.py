@@ -129,14 +129,8 @@ def test_the_claim_is_against_the_best_rival(scripts, tmp_path):
 
     def seed(number, vote=4, **right):
         """Results in which so many of 20 answers are right, of arms that are not named 5."""
-        rest = {
-            "seconds": 60.0,
-            "date": "2026-01-01",
-            "torch": "2",
-            "machine": "none",
-            "start": str(number),
-            "metrics": {"weight": [0.5]},
-        }
+        rest = {"seconds": 60.0, "date": "2026-01-01", "torch": "2", "machine": "none"}
+        rest |= {"start": str(number), "metrics": {"weight": [0.5]}}
         parts = ("test", "new")
         arms = {"warm": rest | {"practice": [[20, 0.2], [40, 0.45]]}}
         for arm, kind in [row for row in report.ROWS if row[0] in ("warm", *setting.arms) and row[1] != "forced"]:
