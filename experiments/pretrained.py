@@ -154,7 +154,7 @@ class Seed:
         if not how.thinks.mix_weight:
             return {"answers": self._each(partial(writing, qs.model, tokenizer, begin=begin)), **made}
         found = {"answers": self._each(partial(thinking, qs, tokenizer)), **made}
-        if arm != "quiet-star":
+        if name != "quiet-star":  # nor where rates are tried
             return found
         return found | {
             "always": self._each(partial(thinking, qs, tokenizer, think="always", new_tokens=ANSWER_TOKENS)),

@@ -17,7 +17,7 @@ import torch
 from natural_text import with_each_thought
 from phases import Phase
 from pretrained_problems import ids
-from pretrained_training import LORA, PLAIN, think, training
+from pretrained_training import LORA, PLAIN, plain, think, training
 from torch import Tensor
 
 from quietstar import QuietStar, ThoughtConfig
@@ -75,7 +75,8 @@ class Solutions:
             qs.add_adapters(AdapterConfig(lora_rank=LORA))
             rows = [row for _, row in json_lines(self.folder / "train.jsonl")]
             some = random.Random(0).sample(rows, min(len(rows), self.steps * lines))
-            texts = solutions(self.model, tokenizer, some, PLACES if arm == "quiet-star" else 1)
+            texts = solutions(self.model, tokenizer, some, PLACES if config is THOUGHTS else 1)
+            texts = plain(texts) if config is PLAIN else texts
             train(qs, texts, training(self.folder / arm, self.steps, lines, 0, 1e-4), resume="auto")
         qs.eval()
         questions = read_questions(str(self.folder / "test.jsonl"))

@@ -35,7 +35,7 @@ THOUGHTS = ThoughtConfig(preset="lora", thoughts=4, thought_tokens=16, lookahead
 RLP = ThoughtConfig(
     preset="rlp", thoughts=4, thought_tokens=16, lookahead=3, anchors="all", thought_start=" (", thought_end=")"
 )
-# Plain training: the text's own loss. The one thought of one token a text is not trained.
+# Plain training: the text's own loss. The one thought of one token a text is given, and not trained.
 PLAIN = ThoughtConfig(thoughts=1, thought_tokens=1, lookahead=1, base_weight=1, mix_weight=0, policy_weight=0)
 LINES = 16  # of a step
 LORA = 16
@@ -92,6 +92,7 @@ class Setting:
         numbers: of the problems.
         practice: updates of the start.
         arms: what is trained from it; none where only the start is looked at.
+        steps: updates of each arm.
         enough: the share of right chains, written, at which practice ends; it is looked at after each tenth of the updates.
         forced: a token that the control with asides that are asked for may not write until one of others stands there.
         seeds: of the claim, all of them.
@@ -102,7 +103,7 @@ class Setting:
     practice: int = 200
     enough: float | None = None
     arms: tuple[str, ...] = ()
-    steps: int = 40
+    steps: int = 20
     thought_tokens: int = 16
     lookahead: int = 3
     forced: tuple[str, tuple[str, ...]] | None = None
@@ -117,11 +118,11 @@ class Setting:
 
 
 SETTINGS = {
-    "form": Setting(form_lines, arms=tuple(ARMS), forced=(",", ("+", "-"))),
+    "form": Setting(form_lines, practice=100, arms=tuple(ARMS), forced=(",", ("+", "-"))),
     "sums": Setting(sum_lines, forced=(")", (",",))),
     "steps": Setting(
         chain_lines, TWO_DIGITS, 200, 0.4, ("head", "quiet-star", "no-reward", "offline", "star", "grpo", "chains"),
-        thought_tokens=20, lookahead=4, seeds=(100, 101, 102, 103, 104),
+        steps=40, thought_tokens=20, lookahead=4, seeds=(100, 101, 102, 103, 104),
     ),
 }  # fmt: skip
 
@@ -131,12 +132,17 @@ def warm_start(model: str, setting: Setting, out: Path, seed: int, steps: int, p
     tokenizer = load_tokenizer(model)
     torch.manual_seed(seed)
     qs = QuietStar(load_model(model, dtype="float32"), PLAIN, tokenizer)
-    lines = setting.practises(tokenizer, LINES * steps, seed)
+    lines = plain(setting.practises(tokenizer, LINES * steps, seed))
     # A schedule needs to know its end.
     schedule = "linear" if practised == steps and setting.enough is None else "constant"
     given = {"schedule": schedule, "warmup": min(10, steps), "save_every": max(1, steps // 8)}
     train(qs, lines, training(out, practised, LINES, seed, 3e-4, **given), resume="auto")
     return qs
+
+
+def plain(lines: Sequence[Example]) -> list[Example]:
+    """For training with ``PLAIN``, which would sample thoughts otherwise."""
+    return [{**x, "thought_ids": torch.zeros(len(x["anchors"]), 1, 1, dtype=torch.int64)} for x in lines]
 
 
 def train_arm(
@@ -160,6 +166,8 @@ def train_arm(
         qs.mixing_head.requires_grad_(True)
     if arm.weights == "adapters":
         qs.add_adapters(AdapterConfig(lora_rank=LORA))
+    if arm.thinks is PLAIN:
+        lines = plain(lines)
     if lines:  # STaR has none where the start never answers right
         train(qs, lines, training(out, steps, arm.lines, seed, rate), resume="auto")
     return qs.eval(), tokenizer
@@ -197,7 +205,7 @@ def think(warm: str, tokenizer: Any, config: ThoughtConfig) -> QuietStar:
 
 
 def training(out: Path, steps: int, lines: int, seed: int, rate: float, **options: Any) -> TrainConfig:
-    saves = {"save_every": max(1, steps // 8), "keep": 1, "eval_every": 0, "fast_linear": True}
+    saves = {"save_every": max(1, steps // 8), "keep": 1, "eval_every": 0, "fast_linear": True, "optimizer": "fused"}
     given = {"warmup": min(10, steps), **saves, **options}
     return TrainConfig(out=str(out), steps=steps, batch_size=lines, learning_rate=rate, seed=seed, **given)
 
