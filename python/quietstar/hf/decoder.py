@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from quietstar.hf.architectures import convolutions
 from quietstar.hf.merged_weights import Merged, groups_of, merge
-from quietstar.hf.modules import backbone, embeddings
+from quietstar.hf.modules import backbone
 from quietstar_kernels import (
     DeltaRows,
     ThoughtLayout,
@@ -355,10 +355,10 @@ def decode_rows(model: PreTrainedModel, embeds: Tensor, position_ids: Tensor, th
     return hidden[:, :rows]
 
 
-def decode_text(model: PreTrainedModel, input_ids: Tensor, store: ThoughtStore) -> Tensor:
-    """Last hidden states [B,L,D] of a text; what its rows leave goes to the store, whose steps come next."""
+def decode_text(model: PreTrainedModel, embeds: Tensor, store: ThoughtStore) -> Tensor:
+    """embeds [B,L,D] of a text to last hidden states; what its rows leave goes to the store, whose steps come next."""
     store.merged = merge(groups_of(model), store.merged)
-    return decode_rows(model, embeddings(model)(input_ids), store.text_layout.text_position_ids(), TextPass(store))
+    return decode_rows(model, embeds, store.text_layout.text_position_ids(), TextPass(store))
 
 
 def _one(place: Tensor | ThoughtLayout) -> Tensor:

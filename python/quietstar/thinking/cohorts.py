@@ -142,7 +142,7 @@ def sample_text_thoughts(thinker: Thinker, texts: Texts, seed: int, temperature:
     with dropout_off(model):
         # 3. The text runs once.
         store = ThoughtStore(layout.text_only())
-        decode_text(model, texts.input_ids, store)
+        decode_text(model, embeddings(model)(texts.input_ids), store)
         end, stops = sent(marks.end, device), sent(marks.stops, device)
         rollout = _Rollout(thinker, marks, end, stops, texts, store, on_device(seed, device), temperature)
         # 4. A row of all live thoughts at a time; where enough places are free, the next thoughts of the queue begin.

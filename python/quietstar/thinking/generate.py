@@ -172,7 +172,7 @@ class ThinkingModel(GenerationMixin):
         self.new_tokens = new_tokens
         self.limits = position_limits(thinker.model)
         self.cache: TextCache | None = None
-        self.latest: tuple[Tensor, Tensor] | None = None  # ids [B,N,T] and lengths [B,N] of the last thoughts
+        self.behind: TextCache | None = None  # of the prompts with each of their thoughts, where they think once
         if thinking.sample_thoughts:
             self.N, temperature = thinking.thoughts, 1.0
             self.seed = draw_seed() if thinking.seed is None else thinking.seed
@@ -185,21 +185,27 @@ class ThinkingModel(GenerationMixin):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> CausalLMOutput:
         """The text so far, [B,L], to logits [B,1,V] of its next token: mixed where a row thinks, else the base model's."""
+        model, newest = self.thinker.model, input_ids[:, -1:]
         if self.cache is None:
             self.cache = self._prepare(input_ids, attention_mask)
-            h_base = decode_text(self.thinker.model, input_ids, self.cache.store)[:, -1]
-        elif self.thinking.think != "once":
-            h_base = self._read_token(self.cache, input_ids[:, -1:])
-        if self.thinking.think == "once" and self.latest is not None:
-            logits = self._mix(*self._behind(self.latest, self.cache.written, input_ids, attention_mask))
+            h_base = decode_text(model, embeddings(model)(input_ids), self.cache.store)[:, -1]
+        else:
+            self.longest += 1
+            self._check_room()
+            h_base = self._read_token(self.cache, newest)
+        if self.behind is not None:
+            ahead = self._read_token(self.behind, newest.repeat_interleave(self.N, 0))
+            logits = self._mix(h_base, ahead.unflatten(0, (-1, self.N)))
         elif self.thinking.think in ("always", "once"):
-            thinks = torch.ones(len(h_base), dtype=torch.bool, device=h_base.device)
-            logits = self._mix(h_base, self._think(self.cache, thinks))
+            ends, *thoughts = self._think(self.cache, torch.ones_like(newest[:, 0], dtype=torch.bool))
+            logits = self._mix(h_base, ends)
+            if self.thinking.think == "once" and self.new_tokens > 1:
+                self.behind = self._read_thoughts(input_ids, attention_mask, *thoughts)
         else:
             logits = self.thinker.logprobs(h_base)
             thinks = torch.special.entr(logits.softmax(-1)).sum(-1) > float(self.thinking.think)
             if bool(thinks.any()):
-                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.cache, thinks)), logits)
+                logits = torch.where(thinks[:, None], self._mix(h_base, self._think(self.cache, thinks)[0]), logits)
         check_finite(self.thinker.model, logits, self.longest - 1)
         for token in self.thinker.config.banned:  # one by one: a list would be copied to the device
             logits[:, token].fill_(-torch.inf)
@@ -209,22 +215,24 @@ class ThinkingModel(GenerationMixin):
 
     def _prepare(self, input_ids: Tensor, attention_mask: Tensor | None) -> TextCache:
         """For these prompts, which are still to be read."""
-        layout = make_layout({"input_ids": input_ids, "attention_mask": attention_mask}, self.thinker.config).text_only()
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(f"generate: attention_mask must pad on the left, row {row} ends in padding")
         B, sequence_ids = len(input_ids), self.thinking.sequence_ids
         sequence_ids = torch.arange(B, device=input_ids.device) if sequence_ids is None else sequence_ids
         self.sequence_ids = sequence_ids.long().view(B, -1)[:, -1:]
-        self.longest = int(layout.text_position_ids().max()) + 1
+        cache = self._cache(input_ids, attention_mask)
+        self.longest = int(cache.store.text_layout.text_position_ids().max()) + 1
         self._check_room(self.new_tokens - 1)
+        return cache
+
+    def _cache(self, input_ids: Tensor, attention_mask: Tensor | None) -> TextCache:
+        layout = make_layout({"input_ids": input_ids, "attention_mask": attention_mask}, self.thinker.config).text_only()
         ahead = min(self.new_tokens - 1, AHEAD)
         return TextCache.take(self.thinker, self.graphs, layout, self._room(layout.L, layout.L + ahead))
 
     def _read_token(self, cache: TextCache, token: Tensor) -> Tensor:
         """Last hidden states [B,D] of the newest token [B,1], whose keys and values enter the store."""
-        self.longest += 1
-        self._check_room()
         if cache.written == cache.store.layout.L:
             cache.grow(self._room(cache.written + 1, 2 * cache.written))
         model, store = self.thinker.model, cache.store
@@ -239,8 +247,10 @@ class ThinkingModel(GenerationMixin):
         cache.written += 1
         return hidden
 
-    def _think(self, cache: TextCache, thinks: Tensor) -> Tensor:
-        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps at most; off where a row does not think."""
+    def _think(self, cache: TextCache, thinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Last hidden states [B,N,D] of the end rows of new thoughts, T + 2 steps at most; off where a row does not think. Then
+        their tokens [B,N,T] and lengths [B,N].
+        """
         thinker, store, sampling, T = self.thinker, cache.store, self.sampling, self.sampling.thought_tokens
 
         def think(
@@ -263,30 +273,29 @@ class ThinkingModel(GenerationMixin):
         }
         ids, lengths, ends = cache.run(("think", sampling), think, inputs)
         ends = ends.masked_fill((ids < 0).any(-1)[..., None], torch.nan)  # that thought isn't the model's
-        self.latest = ids, lengths
         if self.thinking.on_thoughts is not None:
             on = sampled(lengths, T) & thinks[:, None, None]
             self.thinking.on_thoughts(ids.masked_fill(~on, -1))
-        return ends
+        return ends, ids, lengths
 
-    def _behind(
-        self, thoughts: tuple[Tensor, Tensor], prompt: int, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """States [B,D] of the text and [B,N,D] of its end behind the thoughts about a prompt, which predict the next token.
+    def _read_thoughts(self, prompt: Tensor, attention_mask: Tensor | None, ids: Tensor, lengths: Tensor) -> TextCache:
+        """A cache of B*N texts: each prompt with one of its thoughts, behind which the text goes on as in training.
 
-        As in training, where the text goes on behind a thought, and with one packed forward of all, which keeps nothing.
+        The rows of a branch see nothing else, so that it is a text of its own.
         """
-        self.longest += 1
-        self._check_room()
-        (ids, lengths), J = thoughts, input_ids.shape[1] - prompt + 1
-        thinker = self.thinker.predicting(self.N, J)
-        longer = pad(input_ids, (0, 1))  # nothing reads the token that is to be predicted
-        mask = None if attention_mask is None else pad(attention_mask, (0, 1), value=1)
-        anchors = torch.full((len(input_ids), 1), prompt - 1, device=input_ids.device)
-        own = None if self.sampling.stop is None else lengths[:, None]
-        layout = thinker.layout(longer, mask, anchors, thought_lengths=own)
-        text, ahead, _ = thinker.packed_states(layout, longer, ids[:, None], own)
-        return text[:, -2], ahead[:, 0, :, -1]
+        thinker, T, N = self.thinker, self.sampling.thought_tokens, self.N
+        L, length = prompt.shape[1], lengths.flatten()[:, None]
+        # What is shorter has padding before it.
+        source = torch.arange(L + T + 2, device=prompt.device) - (T - length)
+        tokens = torch.cat([pad(prompt, (0, 1)).repeat_interleave(N, 0), pad(ids.flatten(0, 1).clamp(min=0), (0, 1))], 1)
+        tokens = tokens.gather(1, source.clamp(min=0))
+        mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
+        mask = pad(mask, (0, T + 2), value=1).repeat_interleave(N, 0).gather(1, source.clamp(min=0)) * (source >= 0)
+        embeds = torch.where((source == L)[..., None], thinker.start, embeddings(thinker.model)(tokens))
+        embeds = torch.where((source == L + 1 + length)[..., None], thinker.end, embeds)
+        cache = self._cache(tokens, mask)
+        decode_text(thinker.model, embeds, cache.store)
+        return cache
 
     def _mix(self, h_base: Tensor, h_thought: Tensor) -> Tensor:
         """Log-probabilities [B,V] from states of the text [B,D] and of thoughts [B,N,D], whose probabilities are averaged."""

@@ -131,7 +131,7 @@ def sample_vector_thoughts(
         layout = ThoughtLayout(anchor, lo, length, T)
         runs = layout.chunks(anchor_chunk)
         store = ThoughtStore(layout.select(runs[0]))
-        decode_text(model, input_ids, store)
+        decode_text(model, embeddings(model)(input_ids), store)
         parts: list[Thoughts] = []
         for places in runs:
             if parts:
