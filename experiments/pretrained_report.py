@@ -68,6 +68,8 @@ def write(out: Path, problems: dict[str, list[Problem]], folder: Path) -> tuple[
     results: dict[str, dict[str, Any]] = known.get("results", {})
     for seed in sorted(out.glob("*/[0-9]*")):
         found = {file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))}
+        if not found:  # another run is at it
+            continue
         arms = results.setdefault(seed.parent.name, {}).setdefault(seed.name, {})
         arms.update(found)
         if len({result.get("start") for result in arms.values()}) > 1:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.hf.modules import backbone, device_of, dropout_off, not_finite, unwrapped
-from quietstar.objective import IGNORED
 from quietstar_kernels import linear_logprob, sample_token
 
 
@@ -53,13 +52,8 @@ class LMHead:
 
     def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, banned: Sequence[int] = ()) -> Tensor:
         """Log-probabilities of ``targets`` [...] given hidden [...,D]; fp32, 0 where the target is -100."""
-        options: dict[str, Any] = {"temperature": temperature, "banned": banned}
-        if targets.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.apply(linear_logprob, hidden, targets.flatten(), **options).view(targets.shape)
-        # A prompt is often most of a text. On a GPU it would have to be waited for.
-        asked = targets != IGNORED
-        out = self.apply(linear_logprob, hidden.view(*targets.shape, -1)[asked], targets[asked], **options)
-        return out.new_zeros(targets.shape).masked_scatter(asked, out)
+        out = self.apply(linear_logprob, hidden, targets.flatten(), temperature=temperature, banned=banned)
+        return out.view(targets.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,D] to logits [...,V]."""
