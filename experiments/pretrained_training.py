@@ -71,7 +71,7 @@ class Arm:
 
 
 ARMS = {
-    "head": Arm((3e-4, 1e-3), 1e-3, weights="head"),
+    "head": Arm((3e-4, 1e-3), 3e-4, weights="head"),
     "quiet-star": Arm(),
     "no-reward": Arm(thinks=replace(THOUGHTS, policy_weight=0.0)),
     "offline": Arm(offline=True),
