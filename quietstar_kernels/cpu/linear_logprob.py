@@ -32,10 +32,6 @@ def linear_logprob(
     """Implements ``reference.linear_logprob``."""
     softmax = _Softmax(head)
     weight = softmax.weight
-    if not return_entropy and (places := _predicting(targets)) is not None:
-        found = linear_logprob(hidden[places], head, targets[places], False, keep)
-        everywhere = (x if x is None else x.new_zeros(len(hidden), *x.shape[1:]).index_copy_(0, places, x) for x in found)
-        return tuple(everywhere)  # type: ignore[return-value]
     R, V = len(hidden), len(weight)
     states = weight.new_empty(4, R)
     buffer = weight.new_empty(R if keep else chunk_rows(R, V), V)
@@ -55,11 +51,6 @@ def linear_logprob_backward(
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Implements ``reference.linear_logprob_backward``."""
-    if grad_entropy is None and (places := _predicting(targets)) is not None:
-        part = Saved._make(x if x is None else x[places] for x in saved)
-        grads = linear_logprob_backward(grad_logprob[places], None, hidden[places], head, targets[places], part, wanted)
-        of_hidden = grads[0] if grads[0] is None else torch.zeros_like(hidden).index_copy_(0, places, grads[0])
-        return of_hidden, *grads[1:]
     entropy, largest, log_total, kept, kept_rows = saved
     softmax = _Softmax(head)
     weight = softmax.weight
@@ -84,16 +75,6 @@ def linear_logprob_backward(
         softmax.gradient(weights, targets[rows], states[:, rows], grad_logprob[rows], of_entropy, d)
         gradients.add(rows, d)
     return gradients.result()
-
-
-def _predicting(targets: Tensor) -> Tensor | None:
-    """The rows with a target, where others, such as a prompt without labels, can be left out.
-
-    So many that four divides them: PyTorch's product of others can be another.
-    """
-    order = (targets == -100).sort(stable=True)
-    rows = -(-int((~order.values).sum()) // 4) * 4
-    return None if rows >= len(targets) else order.indices[:rows]
 
 
 class _Softmax:
