@@ -79,7 +79,7 @@ ARMS = {
     "grpo": Arm(writes=True, in_trl=True),
     "rlp": Arm(thinks=RLP, writes=True),
     "plain": Arm((1e-4, 3e-4), 1e-4, PLAIN, 4 * LINES, "all"),
-    "chains": Arm(thinks=PLAIN, chains=True, writes=True),
+    "chains": Arm(rate=3e-4, thinks=PLAIN, chains=True, writes=True),
 }
 
 
