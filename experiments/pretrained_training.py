@@ -74,7 +74,7 @@ ARMS = {
     "head": Arm((3e-4, 1e-3), 3e-4, weights="head"),
     "quiet-star": Arm(),
     "no-reward": Arm(thinks=replace(THOUGHTS, policy_weight=0.0)),
-    "offline": Arm(offline=True),
+    "offline": Arm(rate=3e-4, offline=True),
     "star": Arm(thinks=PLAIN, star=True, writes=True),
     "grpo": Arm(writes=True, in_trl=True),
     "rlp": Arm(thinks=RLP, writes=True),
