@@ -263,8 +263,8 @@ class Results:
 
 def tuned(arms: Arms, problems: list[dict[str, Any]]) -> str:
     """The learning rates that were tried."""
-    shares = {name: right_share(x["answers"]["valid"]["texts"], problems) for name, x in arms.items() if " " in name}
-    words = "Right answers to problems for validation, by learning rate, with the seed for tuning:\n\n"
+    shares = {name: right_share(x["answers"]["valid"]["texts"], problems) for name, x in sorted(arms.items())}
+    words = f"Right answers to problems for validation, with the seed for tuning; the start's {shares.pop('warm'):.2f}:\n\n"
     return words + markdown(["arm", "rate", "right answers"], [[*name.split(), f"{x:.2f}"] for name, x in shares.items()])
 
 
