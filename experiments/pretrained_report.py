@@ -66,13 +66,13 @@ def write(out: Path, problems: dict[str, list[Problem]], folder: Path) -> tuple[
     if known.get("problems", asked) != asked:
         raise ValueError(f"{path}: has results for other problems: move it away")
     results: dict[str, dict[str, Any]] = known.get("results", {})
-    for seed in sorted(out.glob("*/[0-9]*")):
+    for seed in sorted({file.parent for file in out.glob("*/[0-9]*/*.json")}):
         found = {file.stem: read_json(file, dict[str, Any]) for file in sorted(seed.glob("*.json"))}
-        if not found:  # another run is at it
-            continue
         arms = results.setdefault(seed.parent.name, {}).setdefault(seed.name, {})
         arms.update(found)
-        if len({result.get("start") for result in arms.values()}) > 1:
+        # Of the rates that are tried, those of one arm are compared.
+        starts = {(seed.parent.name == "tuning" and arm.split()[0], result.get("start")) for arm, result in arms.items()}
+        if len(starts) > len(dict(starts)):
             raise ValueError(f"{path}: {seed.parent.name}, seed {seed.name}: arms of different starts: train them from one")
     results = rounded(results)
     write_whole(path, as_json({"problems": asked, "results": results}))
