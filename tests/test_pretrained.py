@@ -185,6 +185,20 @@ def test_the_claim_is_against_the_best_rival(scripts, tmp_path):
         write()
 
 
+def test_the_rates_of_an_arm_are_tried_from_one_start(scripts, tmp_path):
+    report, made = scripts("pretrained_report"), scripts("pretrained_problems")
+    some, folder = made.problems(2, 0, "valid"), tmp_path / "tuning" / "99"
+    folder.mkdir(parents=True)
+    for name, start in {"warm": "a", "head 0.1": "a", "plain 0.1": "b", "plain 0.3": "b", "head 0.3": "b"}.items():
+        found = {"answers": {"valid": {"texts": [f" {some[0].answer}.", ""]}}, "start": start, "seconds": 60.0}
+        (folder / f"{name}.json").write_text(json.dumps(found | {"date": "2026-01-01", "torch": "2", "machine": "none"}))
+        if name == "plain 0.3":
+            page, _ = report.write(tmp_path, {"form": {"valid": some}}, tmp_path / "docs")
+            assert "| plain | 0.3 | 0.50 |" in page.read_text()
+    with pytest.raises(ValueError, match="tuning, seed 99: arms of different starts"):
+        report.write(tmp_path, {"form": {"valid": some}}, tmp_path / "docs")
+
+
 @pytest.mark.long
 def test_all_of_it_at_the_smallest_size(tmp_path):
     """With its models; what is done is not done again."""
