@@ -124,7 +124,7 @@ class Results:
         """The claim: on new numbers more answers are right than of each rival, in the mean over seeds and in each seed."""
         claimed = {seed: self.seeds.get(seed, {}) for seed in map(str, SETTINGS[self.name].seeds)}
         having = {seed: arms for seed, arms in self.seeds.items() if self.has(OURS, arms)}
-        missing = [f"{ROWS[x]}, seed {n}" for n, arms in claimed.items() for x in (OURS, *self.rivals) if not self.has(x, arms)]
+        missing = [f"{ROWS[x].strip('*')}, seed {n}" for n, arms in claimed.items() for x in (OURS, *self.rivals) if not self.has(x, arms)]
         missing += [f"a claim on seed {seed}" for seed in having if seed not in claimed]
         compared = {row: self.gaps(row, "test") for row in self.rivals if any(self.has(row, arms) for arms in having.values())}
         if not compared:

@@ -153,7 +153,7 @@ def test_the_claim_is_against_the_best_rival(scripts, tmp_path):
 
     for number in (100, 101, 102, 103):
         seed(number, quiet_star=18 - number % 2, grpo=16 - number % 2, chains=20)
-    assert write()[1].startswith("The claim is not tested yet, for lack of **Quiet-STaR, thinking**, seed 104; ")
+    assert write()[1].startswith("The claim is not tested yet, for lack of Quiet-STaR, thinking, seed 104; ")
     # Results that were made elsewhere are added; four texts about a problem are a vote.
     shutil.rmtree(tmp_path / "out")
     seed(104, quiet_star=18, grpo=16)
