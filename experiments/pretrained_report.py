@@ -80,7 +80,7 @@ def write(out: Path, problems: dict[str, list[Problem]], folder: Path) -> tuple[
     for name, title in TITLES.items():
         if any("quiet-star" in arms for arms in results.get(name, {}).values()):
             found = Results(name, dict(sorted(results[name].items())), asked[name])
-            verdicts.append(found.verdict())
+            verdicts.append(found.verdict().replace("*", ""))
             blocks += [f"### {title}", f"**{verdicts[-1]}**", found.better_steps(), *found.tables()]
             if can_draw():
                 found.draw(folder / f"pretrained_{name}.png")
@@ -124,7 +124,7 @@ class Results:
         """The claim: on new numbers more answers are right than of each rival, in the mean over seeds and in each seed."""
         claimed = {seed: self.seeds.get(seed, {}) for seed in map(str, SETTINGS[self.name].seeds)}
         having = {seed: arms for seed, arms in self.seeds.items() if self.has(OURS, arms)}
-        missing = [f"{ROWS[x].strip('*')}, seed {n}" for n, arms in claimed.items() for x in (OURS, *self.rivals) if not self.has(x, arms)]
+        missing = [f"{ROWS[x]}, seed {n}" for n, arms in claimed.items() for x in (OURS, *self.rivals) if not self.has(x, arms)]
         missing += [f"a claim on seed {seed}" for seed in having if seed not in claimed]
         compared = {row: self.gaps(row, "test") for row in self.rivals if any(self.has(row, arms) for arms in having.values())}
         if not compared:
